@@ -1,0 +1,81 @@
+"""The depth knob: which transformer blocks of the language model run, switched in place on a loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from knobs.errors import KnobError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def prefix_blocks(count: int, num_blocks: int) -> tuple[int, ...]:
+    """The first `count` of `num_blocks` blocks: the selection that needs no importance scores."""
+    return tuple(range(min(count, num_blocks)))
+
+
+def refuse_blocks(active_blocks: int | Sequence[int], num_blocks: int) -> str | None:
+    """Why a model of `num_blocks` blocks cannot run `active_blocks` (a count or a list of indices), or None."""
+    if isinstance(active_blocks, int):
+        if not 1 <= active_blocks <= num_blocks:
+            return f"the model has {num_blocks} blocks, so active_blocks must be 1 to {num_blocks}"
+        return None
+    if not active_blocks:
+        return "at least one block must run"
+    outside = [i for i in active_blocks if not 0 <= i < num_blocks]
+    if outside:
+        return f"the model has blocks 0 to {num_blocks - 1}, not {', '.join(map(str, outside))}"
+    return None
+
+
+@contextmanager
+def active_blocks(decoder: nn.Module, keep: Sequence[int] | None) -> Iterator[None]:
+    """Run only the blocks `keep` of `decoder.layers` inside the block; None, or all of them, costs nothing.
+
+    A skipped block passes the residual stream through and owns no cache memory: its cache slot becomes transformers'
+    `DummyLayer`, which sequence lengths and attention masks step over. Block indices stay what they were, so that
+    layer types, rotary tables and deep-stack features that are addressed by position remain right.
+
+    Raises:
+        KnobError: an index that the decoder does not have, or an empty list.
+    """
+    layers: Any = decoder.layers
+    if keep is not None and (reason := refuse_blocks(tuple(keep), len(layers))):
+        raise KnobError(f"active_blocks {list(keep)}: {reason}")
+    skip = [] if keep is None else sorted(set(range(len(layers))) - set(keep))
+    if not skip:
+        yield
+        return
+
+    # Imported late: planning a sweep needs the arithmetic above without loading transformers.
+    from transformers.cache_utils import Cache, DummyLayer
+
+    def give_up_cache_slots(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, Cache):
+            for i in skip:
+                if i < len(cache.layers) and not isinstance(cache.layers[i], DummyLayer):
+                    cache.layers[i] = DummyLayer()
+
+    hook = decoder.register_forward_pre_hook(give_up_cache_slots, with_kwargs=True)
+    # An instance may own a `forward` already (accelerate puts one there); it has to come back as it was.
+    saved = {i: layers[i].__dict__.get("forward") for i in skip}
+    try:
+        for i in skip:
+            layers[i].forward = _pass_through
+        yield
+    finally:
+        for i, forward in saved.items():
+            if forward is None:
+                layers[i].__dict__.pop("forward", None)
+            else:
+                layers[i].forward = forward
+        hook.remove()
+
+
+def _pass_through(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return hidden_states

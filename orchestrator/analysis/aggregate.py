@@ -1,0 +1,116 @@
+"""Sample rows of one knob combination become its row in `combinations/`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pandas as pd
+
+from orchestrator.analysis.statistics import Z95, clustered_standard_error, percentile
+from workers.schema import SUMMARISED
+
+
+def aggregate(latency: pd.DataFrame, accuracy: pd.DataFrame) -> dict[str, Any]:
+    """The measured columns of a combination, from the rows that belong to it; empty frames leave their columns null.
+
+    Args:
+        latency, accuracy: rows of these tables, of one combination on one kind of device, whoever measured them.
+    """
+    return {
+        **_latency_columns(latency),
+        **_accuracy_columns(accuracy),
+        **_vision_columns(latency, accuracy),
+        "num_failed": _failed_samples(latency, accuracy),
+    }
+
+
+def _latency_columns(rows: pd.DataFrame) -> dict[str, Any]:
+    if rows.empty:
+        return {}
+    timed = rows[rows["status"] == "done"]
+    valid = timed[timed["valid"].astype(bool)]
+    columns: dict[str, Any] = {"num_timed": len(valid), "num_invalid": len(timed) - len(valid)}
+    for name in SUMMARISED:
+        columns |= {f"{name}_{key}": value for key, value in _summary(valid[name], valid["sample_id"]).items()}
+    if len(valid):
+        columns["residual_fraction"] = float((valid["residual_ms"] / valid["total_ms"]).mean())
+        for name in ("peak_memory_bytes", "kv_cache_bytes"):
+            columns[name] = _or_none(valid[name].max(), int)
+        for name in ("revision", "device_name"):
+            columns[name] = _only(valid[name])
+    return columns
+
+
+def _summary(values: pd.Series, samples: pd.Series) -> dict[str, float | None]:
+    """Statistics over repeats of samples; a column that is null throughout (TPOT of one token) stays null."""
+    present = values.dropna().astype(float)
+    if present.empty:
+        return {}
+    error = clustered_standard_error(present, samples[present.index])
+    return {
+        "mean": float(present.mean()),
+        "std": float(present.std()) if len(present) > 1 else None,
+        "p50": percentile(present, 0.5),
+        "p90": percentile(present, 0.9),
+        "p95": percentile(present, 0.95),
+        "p99": percentile(present, 0.99),
+        "ci95": None if error is None else Z95 * error,
+    }
+
+
+def _accuracy_columns(rows: pd.DataFrame) -> dict[str, Any]:
+    scored = rows[rows["status"] == "done"] if len(rows) else rows
+    if scored.empty:
+        return {}
+    return {
+        "accuracy": float(scored["score"].mean()),
+        "accuracy_se": clustered_standard_error(scored["score"], scored["image_id"]),
+        "metric": _only(scored["metric"]),
+        "num_samples": len(scored),
+        "output_tokens_mean": float(scored["output_tokens"].mean()),
+    }
+
+
+def _vision_columns(latency: pd.DataFrame, accuracy: pd.DataFrame) -> dict[str, Any]:
+    """What became of the images: over the scored samples, or the timed ones where accuracy is off."""
+    source = accuracy if len(accuracy) else latency
+    if source.empty:
+        return {}
+    samples = source[source["status"] == "done"].drop_duplicates("sample_id")
+    if samples.empty:
+        return {}
+    selected = samples["theoretical_num_crops"].dropna().astype(int)
+    actual = samples["actual_vision_tokens"].astype(float)
+    utilization = actual / samples["theoretical_vision_tokens"].astype(float)
+    mismatch = samples["aspect_mismatch"].astype(float)
+    distribution = {str(crops): int(count) for crops, count in selected.value_counts().sort_index().items()}
+    return {
+        "selected_crops_distribution": json.dumps(distribution) if distribution else None,
+        "selected_crops_mean": _or_none(selected.mean(), float),
+        "selected_crops_std": _or_none(selected.std(), float),
+        "actual_num_crops_mean": _or_none(samples["actual_num_crops"].astype(float).mean(), float),
+        "actual_vision_tokens_mean": _or_none(actual.mean(), float),
+        "actual_vision_tokens_std": _or_none(actual.std(), float),
+        "token_utilization_mean": _or_none(utilization.mean(), float),
+        "aspect_mismatch_mean": _or_none(mismatch.mean(), float),
+        # Over images these are descriptive, not a claim about a tail, so they need no sample floor.
+        "aspect_mismatch_p95": _or_none(mismatch.quantile(0.95), float),
+        "aspect_mismatch_p99": _or_none(mismatch.quantile(0.99), float),
+        "prompt_tokens_mean": float(samples["prompt_tokens"].mean()),
+    }
+
+
+def _failed_samples(latency: pd.DataFrame, accuracy: pd.DataFrame) -> int:
+    failed = [rows.loc[rows["status"] == "failed", "sample_id"] for rows in (latency, accuracy) if len(rows)]
+    return len(set(pd.concat(failed))) if failed else 0
+
+
+def _only(values: pd.Series) -> Any:
+    """The one value of a column, several joined: two GPUs of a kind may have different names."""
+    present = sorted(set(values.dropna()))
+    return present[0] if len(present) == 1 else ", ".join(map(str, present)) or None
+
+
+def _or_none(value: Any, kind: type) -> Any:
+    return None if pd.isna(value) else kind(value)

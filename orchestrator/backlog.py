@@ -1,0 +1,77 @@
+"""Which task a free worker gets next: the policy of the scheduler, without Ray, so that it can be tested alone."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Iterable
+
+from knobs.vision import VisionSetting
+from workers.schema import ModelSource, Task
+
+# Tasks of one group share a loaded model and the preprocessing of their images.
+Group = tuple[ModelSource, VisionSetting]
+
+
+class Backlog:
+    """Tasks that wait, grouped so that a worker changes its model last and its vision setting next to last."""
+
+    def __init__(self, tasks: Iterable[Task]) -> None:
+        # One line per kind of device, and one (None) for tasks that any device may run.
+        self._lines: dict[str | None, OrderedDict[Group, deque[Task]]] = defaultdict(OrderedDict)
+        for task in tasks:
+            self.put_back(task, front=False)
+
+    def __len__(self) -> int:
+        return sum(len(queue) for line in self._lines.values() for queue in line.values())
+
+    def put_back(self, task: Task, *, front: bool) -> None:
+        """Return a task: to the front if it was an innocent bystander, to the back if it may be to blame."""
+        queue = self._lines[task.accelerator].setdefault(_group(task), deque())
+        if front:
+            queue.appendleft(task)
+        else:
+            queue.append(task)
+
+    def next_for(self, accelerator: str, last: Task | None) -> Task | None:
+        """The task for a free worker on this kind of device, given what it ran last; None if there is none for it.
+
+        Same group first, then the same model, then the group with the most tasks: the worker keeps what it has loaded
+        until that model's queue is empty. Tasks that only this kind of device can run go before those that any can.
+        """
+        candidates = [(line, group) for line in (self._lines[accelerator], self._lines[None]) for group in line]
+        if not candidates:
+            return None
+        if last is None:
+            line, group = max(candidates, key=lambda c: len(c[0][c[1]]))
+        else:
+            model, vision = _group(last)
+            line, group = max(
+                candidates,
+                key=lambda c: (c[1][0] == model, c[1] == (model, vision), len(c[0][c[1]])),
+            )
+        task = line[group].popleft()
+        if not line[group]:
+            del line[group]
+        return task
+
+    def has_work_for(self, accelerator: str) -> bool:
+        """Whether any waiting task may run on this kind of device."""
+        return bool(self._lines[accelerator] or self._lines[None])
+
+    def take_model(self, model: ModelSource) -> list[Task]:
+        """Remove and return every waiting task of a model, for one that cannot be loaded."""
+        taken: list[Task] = []
+        for line in self._lines.values():
+            for group in [group for group in line if group[0] == model]:
+                taken += line.pop(group)
+        return taken
+
+    def drain(self) -> list[Task]:
+        """Remove and return everything."""
+        taken = [task for line in self._lines.values() for queue in line.values() for task in queue]
+        self._lines.clear()
+        return taken
+
+
+def _group(task: Task) -> Group:
+    return task.model, task.knobs.vision

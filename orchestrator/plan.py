@@ -1,0 +1,288 @@
+"""From a sweep to tasks: which combinations exist on which model, which are skipped and why, and who is who.
+
+Everything here is a pure function of the sweep, the models' configurations and the chosen samples: the same file gives
+the same ids in any process, order or machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from knobs.blocks import prefix_blocks, refuse_blocks
+from knobs.experts import refuse_top_k
+from knobs.vision import VISION_AXES, VisionLayout, VisionSetting
+from orchestrator.sampling import sample
+from orchestrator.spec import Sweep
+from workers.datasets import DatasetSource, SampleRef
+from workers.models import ModelCard
+from workers.schema import PROTOCOL_VERSION, Kind, Knobs, ModelSource, Protocol, Task
+
+# Accuracy is cut into tasks of this many samples: small enough to spread over workers and to lose little, and a fixed
+# number, so that asking for more samples later leaves the first tasks what they were.
+SAMPLES_PER_ACCURACY_TASK = 256
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A model of the sweep: what is known of it, and what workers are told."""
+
+    card: ModelCard
+    source: ModelSource
+
+
+@dataclass(frozen=True)
+class PlannedDataset:
+    """A data set of the sweep: where it is, which samples were drawn, and the cap on answers."""
+
+    source: DatasetSource
+    samples: tuple[SampleRef, ...]
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A row of the product: one point of the knob grid on one model, kind of device and data set."""
+
+    combination_id: str
+    model: ModelSource
+    knobs: Knobs
+    pinned: VisionLayout | None
+    accelerator: str
+    dataset: DatasetSource
+    latency_tasks: tuple[str, ...] = ()
+    accuracy_tasks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A point of the grid that a model cannot take, as the sweep asked for it."""
+
+    model: str
+    point: Mapping[str, Any]
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.model}: {describe_point(self.point)}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """An axis that a model lacks."""
+
+    model: str
+    axis: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.model}: {self.axis} dropped, {self.reason}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a run does."""
+
+    combinations: tuple[Combination, ...]
+    tasks: tuple[Task, ...]
+    skips: tuple[Skip, ...]
+    dropped: tuple[Dropped, ...]
+
+
+@dataclass
+class _Points:
+    knobs: list[Knobs] = field(default_factory=list)
+    skips: list[Skip] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
+
+
+def make_plan(
+    sweep: Sweep, models: Sequence[PlannedModel], datasets: Sequence[PlannedDataset], accelerators: Sequence[str]
+) -> Plan:
+    """Expand a sweep.
+
+    Args:
+        models, datasets: of the sweep, resolved, in its order.
+        accelerators: kinds of device to time on.
+    """
+    combinations: list[Combination] = []
+    tasks: dict[str, Task] = {}
+    skips: list[Skip] = []
+    dropped: list[Dropped] = []
+    for model in models:
+        points = expand(sweep, model.card)
+        skips += points.skips
+        dropped += points.dropped
+        for knobs in points.knobs:
+            pinned = model.card.geometry.pinned(knobs.vision)
+            for dataset in datasets:
+                for accelerator in accelerators:
+                    combination, its_tasks = _combine(sweep, model.source, knobs, pinned, dataset, accelerator)
+                    combinations.append(combination)
+                    tasks |= {task.task_id: task for task in its_tasks}
+    return Plan(tuple(combinations), tuple(tasks.values()), tuple(skips), tuple(dropped))
+
+
+# -- expansion --------------------------------------------------------------------------------------------------------
+
+
+def expand(sweep: Sweep, card: ModelCard) -> _Points:
+    """The effective points of the grid on one model; axes it lacks are dropped, values it cannot take are skipped."""
+    points = _Points()
+    axes: dict[str, tuple[object, ...]] = {}
+    for axis, levels in sweep.knobs.axes.items():
+        if reason := _lacks(card, axis):
+            points.dropped.append(Dropped(card.name, axis, reason))
+        else:
+            axes[axis] = levels
+    seen: set[Knobs] = set()
+    for point in sample(axes, sweep.sampling.strategy, sweep.sampling.n, sweep.sampling.seed):
+        if reason := _refusal(card, point):
+            points.skips.append(Skip(card.name, point, reason))
+            continue
+        knobs = effective_knobs(card, point)
+        if knobs in seen:
+            # 16 blocks of 16 and the list of all sixteen are one combination, measured once.
+            continue
+        seen.add(knobs)
+        points.knobs.append(knobs)
+    return points
+
+
+def effective_knobs(card: ModelCard, point: Mapping[str, Any]) -> Knobs:
+    """A point of the grid with nothing left to a default: the model's own top-k, every block by index."""
+    axis = next((name for name in VISION_AXES if name in point), None)
+    vision = VisionSetting() if axis is None else VisionSetting(axis, point[axis])
+    blocks = point.get("active_blocks", card.num_blocks)
+    kept = prefix_blocks(blocks, card.num_blocks) if isinstance(blocks, int) else tuple(blocks)
+    return Knobs(vision, point.get("moe_top_k", card.moe_top_k), kept)
+
+
+def _lacks(card: ModelCard, axis: str) -> str | None:
+    if axis == "moe_top_k":
+        return None if card.num_experts is not None else "the model is dense"
+    if axis == "active_blocks":
+        return None
+    if axis in card.geometry.axes:
+        return None
+    has = ", ".join(card.geometry.axes) or "none"
+    return f"family {card.family.name} has no such vision knob (it has: {has})"
+
+
+def _refusal(card: ModelCard, point: Mapping[str, Any]) -> str | None:
+    axis = next((name for name in VISION_AXES if name in point), None)
+    if axis is not None and (reason := card.geometry.refuse(VisionSetting(axis, point[axis]))):
+        return reason
+    if "moe_top_k" in point and (reason := refuse_top_k(point["moe_top_k"], card.num_experts)):
+        return reason
+    if "active_blocks" in point:
+        return refuse_blocks(point["active_blocks"], card.num_blocks)
+    return None
+
+
+def describe_point(point: Mapping[str, Any]) -> str:
+    """A point of the grid in one line."""
+    return ", ".join(f"{axis}={value}" for axis, value in point.items()) or "native"
+
+
+# -- tasks ------------------------------------------------------------------------------------------------------------
+
+
+def _combine(
+    sweep: Sweep,
+    model: ModelSource,
+    knobs: Knobs,
+    pinned: VisionLayout | None,
+    dataset: PlannedDataset,
+    accelerator: str,
+) -> tuple[Combination, list[Task]]:
+    combination_id = digest({"combination": _combination_identity(model, knobs, dataset.source)})
+    latency = list(_latency_tasks(sweep, model, knobs, dataset, accelerator, combination_id))
+    accuracy = list(_accuracy_tasks(sweep, model, knobs, dataset, combination_id))
+    combination = Combination(
+        combination_id,
+        model,
+        knobs,
+        pinned,
+        accelerator,
+        dataset.source,
+        tuple(task.task_id for task in latency),
+        tuple(task.task_id for task in accuracy),
+    )
+    return combination, latency + accuracy
+
+
+def _latency_tasks(
+    sweep: Sweep, model: ModelSource, knobs: Knobs, dataset: PlannedDataset, accelerator: str, combination_id: str
+) -> Iterator[Task]:
+    settings = sweep.latency
+    if settings is None:
+        return
+    protocol = Protocol(
+        max_new_tokens=settings.output_tokens,
+        batch_size=settings.batch_size,
+        repeats=settings.repeats,
+        warmup=settings.warmup,
+    )
+    samples = dataset.samples[: settings.samples]
+    yield _task(sweep, Kind.LATENCY, model, knobs, dataset.source, samples, protocol, accelerator, combination_id)
+
+
+def _accuracy_tasks(
+    sweep: Sweep, model: ModelSource, knobs: Knobs, dataset: PlannedDataset, combination_id: str
+) -> Iterator[Task]:
+    if sweep.accuracy is None:
+        return
+    protocol = Protocol(
+        max_new_tokens=dataset.max_new_tokens,
+        batch_size=sweep.accuracy.batch_size,
+        metric=dataset.source.metric,
+    )
+    for begin in range(0, len(dataset.samples), SAMPLES_PER_ACCURACY_TASK):
+        samples = dataset.samples[begin : begin + SAMPLES_PER_ACCURACY_TASK]
+        yield _task(sweep, Kind.ACCURACY, model, knobs, dataset.source, samples, protocol, None, combination_id)
+
+
+def _task(
+    sweep: Sweep,
+    kind: Kind,
+    model: ModelSource,
+    knobs: Knobs,
+    dataset: DatasetSource,
+    samples: tuple[SampleRef, ...],
+    protocol: Protocol,
+    accelerator: str | None,
+    combination_id: str,
+) -> Task:
+    task = Task("", combination_id, kind, sweep.name, accelerator, model, knobs, dataset, samples, protocol)
+    return replace(task, task_id=digest(task_identity(task)))
+
+
+# -- identity ---------------------------------------------------------------------------------------------------------
+
+
+def task_identity(task: Task) -> dict[str, Any]:
+    """Everything that decides the result of a task, and nothing else: not the place of a file, host, order or time."""
+    return {
+        "protocol_version": PROTOCOL_VERSION,
+        "kind": task.kind.value,
+        "accelerator": task.accelerator,
+        "samples": [[ref.uid, ref.digest] for ref in task.samples],
+        "prompt": task.dataset.prompt,
+        "protocol": asdict(task.protocol),
+        **_combination_identity(task.model, task.knobs, task.dataset),
+    }
+
+
+def _combination_identity(model: ModelSource, knobs: Knobs, dataset: DatasetSource) -> dict[str, Any]:
+    description = asdict(model)
+    del description["place"]  # the same files elsewhere are the same model
+    return {"model": description, "knobs": asdict(knobs), "dataset": [dataset.name, dataset.split]}
+
+
+def digest(value: Any) -> str:
+    """128 bits of the SHA-256 of canonical JSON, in hexadecimal: short enough for a file name."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:32]

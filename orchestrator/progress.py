@@ -1,0 +1,93 @@
+"""What a person sees while a sweep runs: a bar on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from orchestrator.schedule import Outcome
+
+# In a log, one line now and then says as much as ten a second.
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class ProgressReport:
+    """Counts tasks as they end and shows it; a context manager."""
+
+    def __init__(self, total: int, done_before: int = 0) -> None:
+        """
+        Args:
+            total: tasks of the plan.
+            done_before: how many of them earlier runs have done.
+        """
+        self._total = total
+        self._counts: Counter[str] = Counter(done=done_before)
+        self._done_before = done_before
+        self._begun = time.monotonic()
+        self._last_line = self._begun
+        self._console = Console(file=sys.stderr)
+        self._bar: Progress | None = None
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=self._console,
+            )
+            self._row = self._bar.add_task("tasks", total=total, completed=done_before, note="")
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        else:
+            self._line()
+
+    def ended(self, outcome: Outcome) -> None:
+        """One task ended."""
+        task = outcome.task
+        what = f"{task.model.name} {task.kind} {task.knobs.vision}"
+        self._counts[outcome.result.status.value] += 1
+        if self._bar is not None:
+            failed = self._counts["failed"]
+            note = f"[red]{failed} failed[/red] " if failed else ""
+            self._bar.update(self._row, advance=1, note=note + what)
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._line()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def _line(self) -> None:
+        self._last_line = time.monotonic()
+        done, failed = self._counts["done"], self._counts["failed"]
+        elapsed = self._last_line - self._begun
+        left = self._total - done - failed
+        here = done + failed - self._done_before
+        rest = f", about {_duration(elapsed / here * left)} left" if here and left else ""
+        line = f"{done} of {self._total} tasks done, {failed} failed, {_duration(elapsed)} elapsed{rest}"
+        print(line, file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

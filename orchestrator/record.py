@@ -1,0 +1,201 @@
+"""What becomes of outcomes: parts, a row per task, and a row per combination as soon as all of its tasks have ended."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import pandas as pd
+
+from orchestrator.analysis import aggregate
+from orchestrator.plan import Combination, Plan, Skip, digest
+from orchestrator.schedule import Outcome
+from orchestrator.spec import VISION_AXES, Sweep
+from orchestrator.store import Place, ResultStore
+from workers.schema import SCHEMA_VERSION, Kind, Status, Task, knob_columns, to_table
+
+
+class Recorder:
+    """Knows which tasks of a plan have ended, and keeps the result folder in step with them."""
+
+    def __init__(self, store: ResultStore, sweep: Sweep, plan: Plan, *, retry_failed: bool = False) -> None:
+        """
+        Args:
+            retry_failed: count what failed before as not yet ended.
+        """
+        self._store = store
+        self._sweep = sweep
+        self._plan = plan
+        self._accelerators = list(dict.fromkeys(c.accelerator for c in plan.combinations))
+        self._combinations_of: dict[str, list[Combination]] = defaultdict(list)
+        for combination in plan.combinations:
+            for task_id in _tasks_of(combination):
+                self._combinations_of[task_id].append(combination)
+        ids = {task.task_id for task in plan.tasks}
+        self.done = ids & (store.finished(Kind.LATENCY) | store.finished(Kind.ACCURACY))
+        self.failed = set() if retry_failed else self._failed_before(ids - self.done)
+
+    def todo(self) -> list[Task]:
+        """Tasks that have not ended, the device-bound ones of each model first."""
+        return [t for t in self._plan.tasks if t.task_id not in self.done and t.task_id not in self.failed]
+
+    def catch_up(self) -> None:
+        """Write what a killed run may have left out: skips, rows of finished tasks, rows of complete combinations."""
+        for skip in self._plan.skips:
+            self._record_skip(skip)
+        recorded = self._store.finished("tasks")
+        for task in self._plan.tasks:
+            if task.task_id in self.done and task.task_id not in recorded:
+                self._record_recovered(task)
+        for combination in self._plan.combinations:
+            self._aggregate(combination)
+
+    def commit(self, outcome: Outcome) -> None:
+        """Make an outcome durable. The rows come first: a task is done when its part is in place.
+
+        Raises:
+            StoreError: the folder cannot be written.
+        """
+        task, result = outcome.task, outcome.result
+        place = Place(task.model.name, outcome.accelerator, task.dataset.name)
+        if result.status is Status.DONE:
+            assert result.rows is not None
+            self._store.commit(task.kind, place, task.task_id, result.rows)
+            self.done.add(task.task_id)
+        else:
+            self.failed.add(task.task_id)
+        self._store.commit("tasks", place, task.task_id, to_table("tasks", [_task_row(outcome)]))
+        for combination in self._combinations_of[task.task_id]:
+            self._aggregate(combination)
+
+    # -- combinations -----------------------------------------------------------------------------------------------
+
+    def _aggregate(self, combination: Combination) -> None:
+        """Write the row of a combination whose tasks have all ended, unless it is there and made of the same parts."""
+        tasks = _tasks_of(combination)
+        done = [task_id for task_id in tasks if task_id in self.done]
+        if not done or len(done) + sum(task_id in self.failed for task_id in tasks) < len(tasks):
+            return
+        place = Place(combination.model.name, combination.accelerator, combination.dataset.name)
+        stamp = digest(sorted(done))
+        if self._store.stamp("combinations", place, combination.combination_id) == stamp:
+            return
+        latency = self._store.rows(Kind.LATENCY, combination.latency_tasks)
+        accuracy = self._store.rows(Kind.ACCURACY, combination.accuracy_tasks)
+        row = self._identity(combination) | aggregate(latency, accuracy)
+        self._store.commit(
+            "combinations", place, combination.combination_id, to_table("combinations", [row]), stamp=stamp
+        )
+
+    def _identity(self, combination: Combination) -> dict[str, Any]:
+        model, pinned = combination.model, combination.pinned
+        promised: dict[str, Any] = {}
+        if pinned is not None:
+            promised = {
+                "theoretical_num_crops": pinned.num_crops,
+                # Of several crops only the number is the same for every image; their tiling follows its aspect.
+                "theoretical_tiling": "1x1" if pinned.num_crops == 1 else None,
+                "theoretical_vision_tokens": pinned.vision_tokens,
+            }
+        return (
+            promised
+            | knob_columns(combination.knobs)
+            | {
+                "sweep": self._sweep.name,
+                "combination_id": combination.combination_id,
+                "revision": model.revision,
+                "split": combination.dataset.split,
+                "dtype": model.dtype,
+                "attention": model.attention,
+                "experts": model.experts,
+                "engine": model.engine,
+                "schema_version": SCHEMA_VERSION,
+            }
+        )
+
+    # -- tasks ------------------------------------------------------------------------------------------------------
+
+    def _failed_before(self, ids: set[str]) -> set[str]:
+        rows = self._store.rows("tasks", ids)
+        return set(rows.loc[rows["status"] == Status.FAILED.value, "task_id"])
+
+    def _record_skip(self, skip: Skip) -> None:
+        row = {"sweep": self._sweep.name, "status": Status.SKIPPED.value, "reason": skip.reason}
+        for accelerator in self._accelerators or ["none"]:
+            for dataset in dict.fromkeys(entry.name for entry in self._sweep.datasets):
+                name = digest({"skip": [skip.model, accelerator, dataset, {k: str(v) for k, v in skip.point.items()}]})
+                row |= {"task_id": name, **_requested_knobs(skip.point)}
+                self._store.commit("tasks", Place(skip.model, accelerator, dataset), name, to_table("tasks", [row]))
+
+    def _record_recovered(self, task: Task) -> None:
+        """A run died between the part and its task row; what the part says is still known, its times are not."""
+        rows = self._store.rows(task.kind, [task.task_id])
+        place = Place(task.model.name, rows["accelerator"].iloc[0], task.dataset.name)
+        row = _identity_of(task) | {
+            "status": Status.DONE.value,
+            "num_failed_rows": int((rows["status"] == Status.FAILED.value).sum()),
+            "worker": rows["worker"].iloc[0],
+            "device_name": rows["device_name"].iloc[0],
+            "started_at": rows["started_at"].min(),
+        }
+        self._store.commit("tasks", place, task.task_id, to_table("tasks", [row]))
+
+    def results(self) -> pd.DataFrame:
+        """The rows of this plan's combinations."""
+        rows = self._store.rows("combinations", dict.fromkeys(c.combination_id for c in self._plan.combinations))
+        return rows[rows["accelerator"].isin(self._accelerators)]
+
+    def failures(self) -> pd.DataFrame:
+        """The task rows of what failed."""
+        return self._store.rows("tasks", sorted(self.failed))
+
+
+def _tasks_of(combination: Combination) -> tuple[str, ...]:
+    return combination.latency_tasks + combination.accuracy_tasks
+
+
+def _identity_of(task: Task) -> dict[str, Any]:
+    return knob_columns(task.knobs) | {
+        "task_id": task.task_id,
+        "combination_id": task.combination_id,
+        "sweep": task.sweep,
+        "kind": task.kind.value,
+        "num_samples": len(task.samples),
+    }
+
+
+def _task_row(outcome: Outcome) -> dict[str, Any]:
+    result = outcome.result
+    failed_rows = None
+    if result.rows is not None:
+        failed_rows = sum(status == Status.FAILED.value for status in result.rows["status"].to_pylist())
+    return (
+        _identity_of(outcome.task)
+        | dict(result.worker)
+        | {
+            "status": result.status.value,
+            "failure": None if result.failure is None else result.failure.value,
+            "reason": result.reason,
+            "traceback": result.traceback,
+            "num_failed_rows": failed_rows,
+            "attempts": outcome.attempts,
+            "started_at": datetime.fromtimestamp(result.started_at, UTC),
+            "finished_at": datetime.fromtimestamp(result.finished_at, UTC),
+            "duration_s": result.finished_at - result.started_at,
+        }
+    )
+
+
+def _requested_knobs(point: Mapping[str, Any]) -> dict[str, Any]:
+    """The knob columns of a point that never became effective knobs."""
+    axis = next((name for name in VISION_AXES if name in point), "native")
+    blocks = point.get("active_blocks")
+    return {
+        "vision_knob": axis,
+        "vision_value": str(point[axis]) if axis in point else None,
+        "moe_top_k": point.get("moe_top_k"),
+        "num_active_blocks": blocks if isinstance(blocks, int) else len(blocks) if blocks else None,
+        "active_blocks": None if blocks is None or isinstance(blocks, int) else list(blocks),
+    }

@@ -1,0 +1,135 @@
+"""Run a sweep: `python -m orchestrator.run SPEC`. This file is the table of contents of everything that happens."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator.plan import Plan, make_plan
+from orchestrator.resolve import (
+    accelerators_wanted,
+    planned_models,
+    refuse_unavailable,
+    resolve_datasets,
+    resolve_models,
+)
+from orchestrator.spec import SpecError, Sweep, load_sweep
+from orchestrator.store import ResultStore, StoreError, read_finished, results_folder
+from orchestrator.summary import print_combinations, print_failures, print_place, print_plan, print_results
+from workers.probes import local_accelerators
+
+if TYPE_CHECKING:
+    from orchestrator.record import Recorder
+
+DONE, SOME_FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 all done, 1 something failed, 2 the sweep or the environment is wrong, 130 interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        sweep = load_sweep(options.spec)
+        refuse_unavailable(sweep)
+        root = results_folder(
+            options.results or sweep.results,
+            sweep.name,
+            root=options.results_root,
+            in_job="RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ,
+        )
+        print_place(root)
+        return dry_run(sweep, root) if options.dry_run else run(sweep, root, options.address, options.retry_failed)
+    except (SpecError, StoreError) as error:
+        print(error, file=sys.stderr)
+        return WRONG
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def dry_run(sweep: Sweep, root: Path) -> int:
+    """Show what a run would do, without torch, Ray, weights or network."""
+    accelerators = accelerators_wanted(sweep, local_accelerators())
+    plan = _plan(sweep, accelerators, offline=True)
+    done, failed = read_finished(root, [task.task_id for task in plan.tasks])
+    print_plan(plan, accelerators, done, failed)
+    print_combinations(plan)
+    return DONE
+
+
+def run(sweep: Sweep, root: Path, address: str | None, retry_failed: bool) -> int:
+    """Measure what is not there yet, commit each result as it arrives, and show the table."""
+    # Imported here: a dry run needs no Ray.
+    import ray
+
+    from orchestrator.cluster import ClusterError, connect, pools_for
+    from orchestrator.interrupt import Interruption
+    from orchestrator.progress import ProgressReport
+    from orchestrator.record import Recorder
+    from orchestrator.schedule import Scheduler
+
+    store = ResultStore.open(root, sweep.name)
+    interruption = Interruption()
+    try:
+        cards = resolve_models(sweep, offline=False)
+        datasets = resolve_datasets(sweep)
+        cluster = connect(address)
+        interruption.listen()
+        accelerators = accelerators_wanted(sweep, list(cluster.gpus))
+        pools = pools_for(sweep, accelerators, cluster)
+        plan = make_plan(sweep, planned_models(sweep, cards, accelerators), datasets, accelerators)
+        recorder = Recorder(store, sweep, plan, retry_failed=retry_failed)
+        print(f"cluster: {cluster.address} with {cluster}; dashboard {cluster.dashboard or 'off'}")
+        print_plan(plan, accelerators, recorder.done, recorder.failed)
+        recorder.catch_up()
+        with ProgressReport(len(plan.tasks), len(recorder.done)) as progress:
+            for warning in store.warnings:
+                progress.say(warning)
+            for outcome in Scheduler(pools, interruption).run(recorder.todo()):
+                recorder.commit(outcome)
+                progress.ended(outcome)
+        return _conclude(recorder, len(plan.tasks), root, interrupted=interruption())
+    except ClusterError as error:
+        print(error, file=sys.stderr)
+        return WRONG
+    finally:
+        ray.shutdown()
+        store.close()
+
+
+def _plan(sweep: Sweep, accelerators: Sequence[str], *, offline: bool) -> Plan:
+    cards = resolve_models(sweep, offline=offline)
+    return make_plan(sweep, planned_models(sweep, cards, accelerators), resolve_datasets(sweep), accelerators)
+
+
+def _conclude(recorder: Recorder, total: int, root: Path, *, interrupted: bool) -> int:
+    results, failures = recorder.results(), recorder.failures()
+    failed_samples = int(results["num_failed"].sum())
+    if len(results):
+        print_results(results)
+    print_failures(failures, failed_samples)
+    if interrupted:
+        print(f"interrupted: {len(recorder.done)} of {total} tasks are done; the same command goes on from there")
+    print_place(root)
+    if interrupted:
+        return INTERRUPTED
+    return SOME_FAILED if len(failures) or failed_samples else DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m orchestrator.run", description="Run a sweep of run-time knobs.")
+    parser.add_argument("spec", help="sweep file (YAML)")
+    parser.add_argument("--dry-run", action="store_true", help="show combinations, tasks and skips, run nothing")
+    parser.add_argument("--results", metavar="FOLDER", help="where results go, instead of what the sweep says")
+    parser.add_argument(
+        "--results-root", metavar="FOLDER", help="what a relative results folder is relative to (default: here)"
+    )
+    parser.add_argument("--address", help="Ray cluster: HOST:PORT, ray://HOST:PORT, auto or local")
+    parser.add_argument("--retry-failed", action="store_true", help="run again what failed before")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

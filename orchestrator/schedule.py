@@ -1,0 +1,242 @@
+"""Dispatch: tasks go to workers, results come back as they finish, and whatever dies is noticed and done again."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import ray
+from ray import exceptions as ray_errors
+
+from orchestrator.backlog import Backlog
+from orchestrator.cluster import ClusterError, Pool, actor_options
+from workers.actor import Worker
+from workers.schema import FailureKind, Status, Task, TaskResult
+
+# How often a task may take its worker down with it before it counts as the cause.
+MOST_ATTEMPTS = 3
+# How often in a row a worker may fail to start before its device is given up.
+MOST_FAILED_STARTS = 3
+# A second task waits in the worker's process, so that the device never waits for the driver.
+TASKS_PER_WORKER = 2
+# How long one wait for results may take; bounds how late an interruption is noticed.
+WAIT_SECONDS = 0.25
+
+# The process is gone, or must be presumed gone; what it was doing is unknown.
+_WORKER_GONE = (
+    ray_errors.RayActorError,
+    ray_errors.OutOfMemoryError,
+    ray_errors.NodeDiedError,
+    ray_errors.WorkerCrashedError,
+    ray_errors.LocalRayletDiedError,
+    ray_errors.RpcError,
+    ray_errors.RuntimeEnvSetupError,
+    ray_errors.ActorUnschedulableError,
+)
+# The result was made and then lost with the node that held it.
+_RESULT_LOST = (ray_errors.ObjectLostError, ray_errors.ObjectFetchTimedOutError, ray_errors.OwnerDiedError)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A task that ended, on which kind of device, after how many attempts."""
+
+    task: Task
+    result: TaskResult
+    accelerator: str
+    attempts: int
+
+
+@dataclass
+class Slot:
+    """One device: the worker that holds it now, and the tasks it was given, oldest first."""
+
+    pool: Pool
+    name: str
+    actor: Any = None
+    ready: Any = None
+    up: bool = False
+    given: deque[tuple[Any, Task]] = field(default_factory=deque)
+    last: Task | None = None
+    failed_starts: int = 0
+    not_before: float = 0.0
+    retired: str | None = None
+
+
+class Scheduler:
+    """Runs a backlog on pools of workers."""
+
+    def __init__(self, pools: Sequence[Pool], interrupted: Callable[[], bool]) -> None:
+        """
+        Args:
+            interrupted: asked often; once true, nothing more is dispatched and what has finished is handed out.
+        """
+        self._slots = [Slot(pool, f"{pool.accelerator}-{i}".lower()) for pool in pools for i in range(pool.workers)]
+        self._interrupted = interrupted
+        self._attempts: Counter[str] = Counter()
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[Outcome]:
+        """Every task's outcome, in the order in which they end; each exactly once unless interrupted.
+
+        Raises:
+            ClusterError: no worker can be started any more while tasks remain.
+        """
+        backlog = Backlog(tasks)
+        try:
+            while len(backlog) or any(slot.given for slot in self._slots):
+                if self._interrupted():
+                    yield from self._finished_already()
+                    return
+                self._fill(backlog)
+                self._check_workers_left(backlog)
+                for slot in self._wait():
+                    yield from self._collect(slot, backlog)
+        finally:
+            for slot in self._slots:
+                _kill(slot)
+
+    # -- giving -----------------------------------------------------------------------------------------------------
+
+    def _fill(self, backlog: Backlog) -> None:
+        for slot in self._slots:
+            wanted = slot.retired is None and slot.actor is None and time.monotonic() >= slot.not_before
+            if wanted and backlog.has_work_for(slot.pool.accelerator):
+                _start(slot)
+            while slot.up and len(slot.given) < TASKS_PER_WORKER:
+                # A task that was there when a worker died runs alone: a death can swallow its neighbour's result.
+                if any(self._attempts[task.task_id] for _, task in slot.given):
+                    break
+                task = backlog.next_for(slot.pool.accelerator, slot.last)
+                if task is None:
+                    break
+                if self._attempts[task.task_id] and slot.given:
+                    backlog.put_back(task, front=True)
+                    break
+                slot.given.append((slot.actor.run.options(name=f"run[{task.kind}]").remote(task), task))
+                slot.last = task
+
+    def _wait(self) -> list[Slot]:
+        """Slots that have news. A worker answers in order, so its oldest call is all there is to wait for."""
+        waiting = {
+            (slot.given[0][0] if slot.up else slot.ready): slot
+            for slot in self._slots
+            if slot.actor is not None and (slot.given or not slot.up)
+        }
+        if not waiting:
+            time.sleep(WAIT_SECONDS / 5)  # every slot rests after a failed start
+            return []
+        ready, _ = ray.wait(list(waiting), num_returns=1, timeout=WAIT_SECONDS)
+        return [waiting[reference] for reference in ready]
+
+    # -- taking -----------------------------------------------------------------------------------------------------
+
+    def _collect(self, slot: Slot, backlog: Backlog) -> Iterator[Outcome]:
+        if not slot.up:
+            self._welcome(slot)
+            return
+        reference, task = slot.given[0]
+        try:
+            result = ray.get(reference)
+        except _RESULT_LOST:
+            slot.given.popleft()
+            backlog.put_back(task, front=True)
+            return
+        except _WORKER_GONE as error:
+            yield from self._bury(slot, backlog, error)
+            return
+        except ray_errors.RayError as error:
+            # The worker returns failures as data, so this is a call that could not even be made or answered.
+            result = _failed(task, FailureKind.ERROR, f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        slot.given.popleft()
+        slot.failed_starts = 0
+        yield self._outcome(slot, task, result)
+        if result.failure is FailureKind.MODEL_LOAD:
+            # Trying again for every task would fail as often as there are tasks.
+            for other in backlog.take_model(task.model):
+                yield self._outcome(slot, other, replace(result, task_id=other.task_id, traceback=None))
+        elif result.failure is FailureKind.DEVICE_LOST:
+            self._return_given(slot, backlog)
+            _kill(slot)
+
+    def _welcome(self, slot: Slot) -> None:
+        try:
+            found = ray.get(slot.ready)
+        except ray_errors.RayError as error:
+            slot.failed_starts += 1
+            _kill(slot)
+            if slot.failed_starts >= MOST_FAILED_STARTS:
+                slot.retired = f"worker {slot.name} does not start: {str(error).strip().splitlines()[-1]}"
+            slot.not_before = time.monotonic() + 0.2 * 2**slot.failed_starts
+            return
+        memory_gb = found["memory_bytes"] / 1e9
+        if slot.pool.min_memory_gb is not None and memory_gb < slot.pool.min_memory_gb:
+            slot.retired = (
+                f"worker {slot.name} found {found['name']} with {memory_gb:.0f} GB, the sweep wants "
+                f"{slot.pool.min_memory_gb:g} GB"
+            )
+            _kill(slot)
+            return
+        slot.up = True
+
+    def _bury(self, slot: Slot, backlog: Backlog, error: Exception) -> Iterator[Outcome]:
+        """A worker died: the oldest task is the suspect, the others were waiting behind it."""
+        _, suspect = slot.given.popleft()
+        self._return_given(slot, backlog)
+        self._attempts[suspect.task_id] += 1
+        if self._attempts[suspect.task_id] < MOST_ATTEMPTS:
+            backlog.put_back(suspect, front=False)
+        else:
+            reason = f"its worker died {MOST_ATTEMPTS} times while running it: {_cause(error)}"
+            self._attempts[suspect.task_id] -= 1  # the outcome counts the present attempt itself
+            yield self._outcome(slot, suspect, _failed(suspect, FailureKind.WORKER_LOST, reason))
+        _kill(slot)
+
+    def _return_given(self, slot: Slot, backlog: Backlog) -> None:
+        for _, task in reversed(slot.given):
+            backlog.put_back(task, front=True)
+        slot.given.clear()
+
+    def _finished_already(self) -> Iterator[Outcome]:
+        """What workers have answered by now, without waiting for anything."""
+        for slot in self._slots:
+            for reference, task in slot.given if slot.up else ():
+                if not ray.wait([reference], timeout=0)[0]:
+                    break
+                try:
+                    yield self._outcome(slot, task, ray.get(reference))
+                except ray_errors.RayError:
+                    break
+
+    def _check_workers_left(self, backlog: Backlog) -> None:
+        for kind in {slot.pool.accelerator for slot in self._slots}:
+            of_kind = [slot for slot in self._slots if slot.pool.accelerator == kind]
+            retired = [slot.retired for slot in of_kind if slot.retired]
+            if len(retired) == len(of_kind) and backlog.has_work_for(kind):
+                raise ClusterError(retired[0])
+
+    def _outcome(self, slot: Slot, task: Task, result: TaskResult) -> Outcome:
+        return Outcome(task, result, slot.pool.accelerator, self._attempts[task.task_id] + 1)
+
+
+def _start(slot: Slot) -> None:
+    slot.actor = ray.remote(Worker).options(**actor_options(slot.pool, slot.name)).remote(slot.name)
+    slot.ready = slot.actor.ready.remote()
+
+
+def _kill(slot: Slot) -> None:
+    if slot.actor is not None:
+        ray.kill(slot.actor, no_restart=True)
+    slot.actor, slot.ready, slot.up, slot.last = None, None, False, None
+
+
+def _failed(task: Task, failure: FailureKind, reason: str) -> TaskResult:
+    now = time.time()
+    return TaskResult(task.task_id, Status.FAILED, failure=failure, reason=reason, started_at=now, finished_at=now)
+
+
+def _cause(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,232 @@
+"""The typed, frozen form of a sweep: every key that a sweep file may hold, with its meaning and unit."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
+
+from orchestrator.spec_errors import Problem
+from orchestrator.spec_values import (
+    AlsoAllowed,
+    BlockIndices,
+    BlockSetting,
+    CountInt,
+    Entries,
+    Flag,
+    Fraction,
+    ImageSize,
+    Levels,
+    NaturalInt,
+    PositiveNumber,
+    SafeName,
+    SeedInt,
+    Text,
+    WorkerCount,
+    named,
+    one_of,
+    unless_off,
+)
+from orchestrator.yaml_lines import Document
+
+Weights = Literal["checkpoint", "random"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"]
+ExpertsImplementation = Literal["eager", "grouped_mm", "batched_mm"]
+Engine = Literal["eager", "graph"]
+Tier = Literal["low", "medium", "high"]
+SelectionMethod = Literal["prefix", "importance", "accuracy_drop", "nll", "activation", "similarity"]
+Strategy = Literal["full", "balanced", "stratified", "boundary", "lhs"]
+
+VISION_AXES = ("image_size", "vision_tokens", "tier", "crops", "longest_edge", "tiles")
+"""The axes that each say how large an image goes into the vision tower; a sweep moves at most one of them."""
+
+
+class Section(BaseModel):
+    """One mapping of a sweep file: no key beyond those declared, no value silently converted, nothing changed later."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelEntry(Section):
+    """A model to profile."""
+
+    name: Text = Field(description="Registry name, Hugging Face hub id, or local folder of the model.")
+    checkpoint: Text | None = Field(None, description="Hub id or folder of other weights for the same architecture.")
+    revision: Text | None = Field(None, description="Branch, tag or commit of the hub repository.")
+    weights: Annotated[Weights, one_of(Weights)] = Field(
+        "checkpoint", description="Trained weights, or random ones of the same shapes: enough for latency, no download."
+    )
+    dtype: Annotated[Dtype | None, one_of(Dtype)] = Field(
+        None, description="Number format of the weights; default: the usual one of the family and device."
+    )
+    attention: Annotated[Attention | None, one_of(Attention)] = Field(
+        None, description="Attention kernel; default: the one transformers picks."
+    )
+    experts: Annotated[ExpertsImplementation | None, one_of(ExpertsImplementation)] = Field(
+        None, description="How mixture-of-experts layers are computed; default: the one transformers picks."
+    )
+    engine: Annotated[Engine, one_of(Engine)] = Field(
+        "eager", description="Plain PyTorch, or decoding replayed from a captured CUDA graph."
+    )
+
+
+class HardwareEntry(Section):
+    """A kind of accelerator to measure on."""
+
+    accelerator: Text = Field(description="Accelerator name as Ray reports it, such as H100 or A100.")
+    min_memory_gb: PositiveNumber | None = Field(
+        None, description="Only devices with at least this much memory, in GB; tells a 40 GB A100 from an 80 GB one."
+    )
+    workers: WorkerCount = Field("all", description="Number of devices to use, or all that the cluster has.")
+
+
+class Columns(Section):
+    """Which columns of the dataset's own files hold what."""
+
+    image: Text | None = Field(None, description="Column of the image: bytes, a path, or an image feature.")
+    question: Text | None = Field(None, description="Column of the question.")
+    answers: Text | None = Field(None, description="Column of the accepted answers: one text or a list of them.")
+    id: Text | None = Field(None, description="Column of the sample's identity.")
+    image_id: Text | None = Field(None, description="Column that tells which samples share an image.")
+    question_type: Text | None = Field(None, description="Column to break the accuracy down by.")
+
+
+class DatasetEntry(Section):
+    """Questions about images to time and to score on."""
+
+    name: Text = Field(description="Name of a dataset preset, or a new name for the files given by path or hub_id.")
+    split: Text | None = Field(None, description="Split to read, such as validation.")
+    samples: CountInt | None = Field(None, description="Number of samples, drawn with seed; default: all of them.")
+    max_new_tokens: CountInt | None = Field(
+        None, description="Longest answer in tokens when scoring; default: the preset's."
+    )
+    seed: SeedInt = Field(0, description="Seed of the draw of the samples.")
+    path: Text | None = Field(None, description="Local file or folder of the samples.")
+    hub_id: Text | None = Field(None, description="Hugging Face dataset id.")
+    config: Text | None = Field(None, description="Configuration (subset) of the hub dataset.")
+    revision: Text | None = Field(None, description="Branch, tag or commit of the hub dataset.")
+    columns: Columns | None = Field(None, description="Column names, where they differ from the preset's.")
+    metric: Text | None = Field(None, description="Scorer of the answers; default: the preset's.")
+    prompt: Text | None = Field(None, description="Prompt template with {question}; default: the preset's.")
+
+
+class Knobs(Section):
+    """The axes of the grid; one that is left out keeps each model's own setting."""
+
+    image_size: Levels[ImageSize] = Field((), description="Vision axis: image HEIGHTxWIDTH in pixels, e.g. 560x336.")
+    vision_tokens: Levels[CountInt] = Field((), description="Vision axis: target number of vision tokens per image.")
+    tier: Levels[Annotated[Tier, one_of(Tier)]] = Field((), description="Vision axis: low, medium or high.")
+    crops: Levels[CountInt] = Field((), description="Vision axis: number of crops per image, without the global view.")
+    longest_edge: Levels[CountInt] = Field(
+        (), description="Vision axis: longest image side in pixels before it is split into crops (SmolVLM2)."
+    )
+    tiles: Levels[CountInt] = Field(
+        (), description="Vision axis: number of tiles an image is cut into, without the thumbnail (InternVL)."
+    )
+    force_full_tokens: Levels[Flag] = Field(
+        (), description="Whether every image is brought to the full number of vision tokens of its setting."
+    )
+    resize_to_fill: Levels[Flag] = Field(
+        (), description="Whether the image is stretched over the whole target instead of keeping its aspect ratio."
+    )
+    moe_top_k: Levels[CountInt] = Field((), description="Number of experts that each token is sent to, per MoE layer.")
+    active_blocks: Levels[BlockSetting] = Field(
+        (),
+        description="Blocks of the language model that run: a number (chosen by block_selection) or a list of indices.",
+    )
+
+    @property
+    def axes(self) -> dict[str, tuple[object, ...]]:
+        """The axes that the sweep moves, in the order of declaration, with their levels as written."""
+        every_axis = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: levels for name, levels in every_axis.items() if levels}
+
+    @property
+    def vision_axis(self) -> str | None:
+        """The one vision axis of the sweep, or None when images keep their native size."""
+        return next((name for name in VISION_AXES if getattr(self, name)), None)
+
+
+class BlockSelection(Section):
+    """How a number of active blocks becomes a list of blocks."""
+
+    method: Annotated[SelectionMethod, one_of(SelectionMethod)] = Field(
+        "prefix", description="prefix: the first ones; the others rank blocks by how much the model loses without them."
+    )
+    scores: Text | None = Field(None, description="File of block scores; method importance reads it.")
+    samples: CountInt | None = Field(None, description="Number of samples to compute the scores on.")
+    keep: BlockIndices | None = Field(None, description="Indices of blocks that always run.")
+
+
+class Sampling(Section):
+    """Which combinations of the grid are run."""
+
+    strategy: Annotated[Strategy, one_of(Strategy)] = Field(
+        "full", description="full: all; balanced, stratified, boundary: few levels per axis; lhs: Latin hypercube."
+    )
+    n: CountInt | None = Field(None, description="Number of combinations that lhs draws.")
+    seed: SeedInt = Field(0, description="Seed of the draw of lhs.")
+
+
+class Latency(Section):
+    """How time is measured."""
+
+    samples: CountInt = Field(64, description="Number of samples that are timed per combination.")
+    repeats: CountInt = Field(5, description="Most timed repeats per sample.")
+    output_tokens: CountInt = Field(16, description="Fixed length of each timed answer, in tokens.")
+    batch_size: CountInt = Field(1, description="Samples per timed batch.")
+    warmup: NaturalInt = Field(1, description="Untimed runs per input shape before the timed ones.")
+    max_relative_error: Fraction | None = Field(
+        None, description="Stop repeating once the 95% interval is this narrow relative to the mean; null: never early."
+    )
+
+
+class Accuracy(Section):
+    """How answers are scored."""
+
+    batch_size: CountInt = Field(16, description="Samples per batch; changes the speed of scoring, not the timing.")
+
+
+class Sweep(Section):
+    """A sweep: models x datasets x knob combinations, and what is measured on each."""
+
+    name: SafeName = Field(description="Name of the sweep and of its folder of results.")
+    models: Entries[Annotated[ModelEntry, BeforeValidator(named), AlsoAllowed({"type": "string"})]] = Field(
+        description="Models to profile: names, or mappings with a name."
+    )
+    hardware: Entries[HardwareEntry] | None = Field(
+        None, description="Accelerators to measure on; default: whatever this machine or cluster has, CPU included."
+    )
+    datasets: Entries[Annotated[DatasetEntry, BeforeValidator(named), AlsoAllowed({"type": "string"})]] = Field(
+        description="Datasets to time and score on: names, or mappings with a name."
+    )
+    knobs: Annotated[Knobs, BeforeValidator(lambda value: {} if value is None else value)] = Field(
+        Knobs(), description="The axes of the grid, each with the list of its levels."
+    )
+    block_selection: BlockSelection = Field(
+        BlockSelection(), description="How a number of active blocks becomes a list of blocks."
+    )
+    sampling: Sampling = Field(Sampling(), description="Which combinations of the grid are run.")
+    latency: Annotated[Latency | None, BeforeValidator(unless_off), AlsoAllowed({"enum": ["off", False]})] = Field(
+        Latency(), description="How time is measured, or off."
+    )
+    accuracy: Annotated[Accuracy | None, BeforeValidator(unless_off), AlsoAllowed({"enum": ["off", False]})] = Field(
+        Accuracy(), description="How answers are scored, or off."
+    )
+    results: Text = Field("results/", description="Folder or URI (s3://, gs://) of the results.")
+
+    _document: Document | None = PrivateAttr(None)
+
+    @property
+    def file(self) -> str:
+        """The sweep file as the user wrote it."""
+        return self._document.file if self._document else "sweep"
+
+    def where(self, key: str) -> str:
+        """`file.yaml:12` for a key such as `models[1]` or `knobs.moe_top_k[2]`; an absent key is at its parent."""
+        return f"{self.file}:{self._document.line_of(key)}" if self._document else self.file
+
+    def problem(self, key: str, what: str) -> Problem:
+        """A mistake at a dotted key of this sweep, for modules that know more than the file: `SpecError([...])`."""
+        return self._document.problem(key, what) if self._document else Problem(self.file, None, key, what)

@@ -1,0 +1,262 @@
+"""The result folder: one atomic part file per task, resume from what is there, a row per combination.
+
+results/<sweep>/
+    sweep.json                                             what this folder is: name and versions
+    latency|accuracy/model=/accelerator=/dataset=/<task_id>.parquet
+    combinations/model=/accelerator=/dataset=/<combination_id>.parquet
+    tasks/model=/accelerator=/dataset=/<task_id>.parquet   how each task ended
+    set-aside/                                             files that could not be trusted
+
+A task is done when its part file, named by its id, has been renamed into place; a reader never sees half a file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from workers.schema import PARTITIONS, SCHEMA_VERSION, TABLES, arrow_schema
+
+# What a results folder is resolved against inside a Ray job, whose own folder is a throw-away copy.
+ROOT_VARIABLE = "SWEEP_RESULTS_ROOT"
+
+FORMAT = "vlm-knobs results"
+MARKER = "sweep.json"
+SET_ASIDE = "set-aside"
+
+
+def results_folder(results: str, sweep: str, *, root: str | None, in_job: bool) -> Path:
+    """The absolute folder of a sweep's results.
+
+    Args:
+        results: folder as the sweep or the command line has it.
+        root: --results-root; what a relative folder is resolved against inside a Ray job.
+        in_job: whether this is the entry point of a Ray job.
+
+    Inside a job the current folder is a copy that Ray throws away, so a relative folder is resolved against `root`,
+    else the variable SWEEP_RESULTS_ROOT, else the home folder of the head.
+    """
+    base = Path(root or os.environ.get(ROOT_VARIABLE) or Path.home()) if in_job else Path(root or Path.cwd())
+    return (base / Path(results).expanduser() / sweep).absolute()
+
+
+class StoreError(Exception):
+    """A result folder that cannot be used; one line with the place and the remedy."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """The partition of a row."""
+
+    model: str
+    accelerator: str
+    dataset: str
+
+    def folder(self) -> Path:
+        # Percent-encoding is how Arrow reads values with a slash in them back.
+        values = (self.model, self.accelerator, self.dataset)
+        return Path(*(f"{c.name}={quote(v, safe='')}" for c, v in zip(PARTITIONS, values, strict=True)))
+
+
+class ResultStore:
+    """The only writer of a result folder, for as long as it is open."""
+
+    def __init__(self, root: Path, lock: int) -> None:
+        self.root = root
+        self._lock = lock
+        self._indexes: dict[str, dict[str, dict[Path, str]]] = {}
+        self.warnings: list[str] = []
+
+    @classmethod
+    def open(cls, root: Path, sweep: str) -> ResultStore:
+        """Open or create the folder of a sweep and take its lock.
+
+        Raises:
+            StoreError: the folder is something else, cannot be written, or another run is writing to it.
+        """
+        _check_is_ours(root, sweep)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            lock = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise StoreError(f"{root}: cannot be written ({error.strerror}); choose another with --results") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            raise StoreError(f"{root}: another run is writing here; wait for it or choose another folder") from None
+        store = cls(root, lock)
+        store._sweep_leftovers()
+        if not (root / MARKER).exists():
+            content = {"format": FORMAT, "sweep": sweep, "schema_version": SCHEMA_VERSION}
+            _replace(root / MARKER, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+        return store
+
+    def close(self) -> None:
+        """Give up the lock."""
+        os.close(self._lock)
+
+    # -- writing ----------------------------------------------------------------------------------------------------
+
+    def commit(self, table: str, place: Place, name: str, rows: pa.Table, stamp: str = "") -> None:
+        """Write `rows` as the part `name` of a table, whole or not at all; an earlier part of that name is replaced.
+
+        Args:
+            stamp: kept with the part and given back by `stamp`, to tell what a derived part was made from.
+
+        Raises:
+            StoreError: the folder cannot be written; what was committed before stays.
+        """
+        metadata = {"name": name, "stamp": stamp, "schema_version": str(SCHEMA_VERSION)}
+        stamped = rows.replace_schema_metadata({**(rows.schema.metadata or {}), **metadata})
+        path = self._path(table, place, name)
+        _replace(path, lambda temporary: pq.write_table(stamped, temporary))
+        self._index(table).setdefault(name, {})[path] = stamp
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    def finished(self, table: str) -> set[str]:
+        """Names of the parts of a table that are whole; a damaged or foreign file is set aside and is missing."""
+        return set(self._index(table))
+
+    def stamp(self, table: str, place: Place, name: str) -> str | None:
+        """The stamp of a part, or None if there is no such part."""
+        return self._index(table).get(name, {}).get(self._path(table, place, name))
+
+    def rows(self, table: str, names: Iterable[str]) -> pd.DataFrame:
+        """The rows of some parts, wherever they are, with the partition columns; missing parts are left out."""
+        index = self._index(table)
+        return _read([path for name in names for path in index.get(name, {})], table)
+
+    # -- files ------------------------------------------------------------------------------------------------------
+
+    def _path(self, table: str, place: Place, name: str) -> Path:
+        return self.root / table / place.folder() / f"{name}.parquet"
+
+    def _index(self, table: str) -> dict[str, dict[Path, str]]:
+        """Parts by name, with their stamps; read from the folder once, then kept up by `commit`."""
+        if table not in self._indexes:
+            index: dict[str, dict[Path, str]] = {}
+            for path in _parts(self.root, table):
+                stamp = self._inspect(path)
+                if stamp is not None:
+                    index.setdefault(path.stem, {})[path] = stamp
+            self._indexes[table] = index
+        return self._indexes[table]
+
+    def _inspect(self, path: Path) -> str | None:
+        """The stamp of a part, or None after setting aside what is no part."""
+        try:
+            metadata = pq.read_metadata(path).metadata or {}
+        except (pa.ArrowException, OSError) as error:
+            self._set_aside(path, f"is damaged ({str(error).splitlines()[0]})")
+            return None
+        if metadata.get(b"name", b"").decode() != path.stem:
+            self._set_aside(path, "was not written by a sweep under this name")
+            return None
+        return str(metadata.get(b"stamp", b"").decode())
+
+    def _set_aside(self, path: Path, why: str) -> None:
+        target = self.root / SET_ASIDE / path.relative_to(self.root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+        self.warnings.append(f"{path} {why}: moved to {target}; what it held is measured again")
+
+    def _sweep_leftovers(self) -> None:
+        """Remove half-written files of a run that was killed; only the holder of the lock writes, so none is in use."""
+        for table in TABLES:
+            for path in (self.root / table).rglob(".*.tmp"):
+                path.unlink()
+
+
+def _parts(root: Path, table: str) -> list[Path]:
+    # Names with a dot or underscore in front are invisible to every reader of Parquet folders, so to this one too.
+    return sorted((root / table).rglob("[!._]*.parquet"))
+
+
+def read_table(root: Path, table: str) -> pd.DataFrame:
+    """A table of any result folder, without opening it for writing."""
+    return _read(_parts(root, table), table)
+
+
+def read_finished(root: Path, task_ids: Iterable[str]) -> tuple[set[str], set[str]]:
+    """Which tasks are done and which failed, as the folder says, without opening it for writing."""
+    wanted = set(task_ids)
+    done = wanted & {path.stem for table in ("latency", "accuracy") for path in _parts(root, table)}
+    rows = _read([path for path in _parts(root, "tasks") if path.stem in wanted - done], "tasks")
+    return done, set(rows.loc[rows["status"] == "failed", "task_id"])
+
+
+def _check_is_ours(root: Path, sweep: str) -> None:
+    if not root.exists():
+        return
+    if not root.is_dir():
+        raise StoreError(f"{root}: is a file, not a folder; choose another with --results")
+    marker = root / MARKER
+    if not marker.exists():
+        strangers = sorted(p.name for p in root.iterdir() if p.name != ".lock")
+        if strangers:
+            raise StoreError(
+                f"{root}: is not a result folder of this tool (no {MARKER}; it holds {', '.join(strangers[:3])}); "
+                "choose another with --results"
+            )
+        return
+    try:
+        content: Mapping[str, Any] = json.loads(marker.read_text())
+        found, version = content.get("format"), content.get("schema_version")
+    except (OSError, ValueError, AttributeError):
+        raise StoreError(f"{marker}: cannot be read; restore it or choose another folder with --results") from None
+    if found != FORMAT:
+        raise StoreError(f"{root}: is not a result folder of this tool ({MARKER} says {found!r})")
+    if version != SCHEMA_VERSION:
+        raise StoreError(
+            f"{root}: holds results of schema version {version}, this release writes {SCHEMA_VERSION}; "
+            "choose another folder with --results"
+        )
+    if content.get("sweep") != sweep:
+        raise StoreError(f"{root}: belongs to sweep {content.get('sweep')!r}, not {sweep!r}; choose another folder")
+
+
+def _read(paths: list[Path], table: str) -> pd.DataFrame:
+    schema = arrow_schema(table)
+    frames: list[pa.Table] = []
+    for path in paths:
+        part = pq.read_table(path, schema=schema, partitioning=None)
+        for column, folder in zip(reversed(PARTITIONS), path.parents, strict=False):
+            value = unquote(folder.name.removeprefix(f"{column.name}="))
+            part = part.add_column(0, column.name, pa.array([value] * len(part), pa.string()))
+        frames.append(part)
+    if not frames:
+        empty = pa.schema([(c.name, c.type) for c in (*PARTITIONS, *TABLES[table])])
+        frames.append(empty.empty_table())
+    frame: pd.DataFrame = pa.concat_tables(frames).to_pandas()
+    return frame
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside the target, flush to disk, and rename: a reader sees the old file, or the new one whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StoreError(f"{path.parent}: cannot be written ({error.strerror}); nothing committed is lost") from error
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

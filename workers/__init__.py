@@ -1,0 +1,1 @@
+"""What runs beside the device: one loaded model per worker, its measurements and its scores. Works without Ray."""

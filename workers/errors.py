@@ -1,0 +1,30 @@
+"""Everything that can go wrong while a task runs, as a tree; each leaf becomes a row with a status and a reason.
+
+WorkerError
+├── ModelError      a model that cannot be found, described or loaded: every task of that model fails
+├── DatasetError    a data set that cannot be read: every task of that data set fails
+├── SampleError     one sample that cannot be used: that sample's row fails, the others go on
+└── RowMismatch     a data set that is no longer the one the plan saw: the task fails
+
+knobs.errors.KnobError (a value this model cannot take) stands beside it: `knobs` knows nothing of workers.
+"""
+
+
+class WorkerError(Exception):
+    """Base of all; the message is one line that names the place and the remedy."""
+
+
+class ModelError(WorkerError):
+    """A model that cannot be found, described or loaded."""
+
+
+class DatasetError(WorkerError):
+    """A data set that cannot be read."""
+
+
+class SampleError(WorkerError):
+    """A sample that cannot be used."""
+
+
+class RowMismatch(WorkerError):
+    """A data set whose content differs from what the plan fingerprinted."""

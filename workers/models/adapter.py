@@ -1,0 +1,250 @@
+"""One interface to every loaded vision-language model: the stages of an answer as plain functions, and the knobs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from knobs.blocks import active_blocks as only_blocks
+from knobs.experts import experts_per_token
+from knobs.vision import VisionSetting
+from workers.errors import ModelError
+from workers.models.processing import Inputs, Processor, Tensors, left_pad
+from workers.models.registry import ModelCard
+
+# Names of the module between vision tower and language model, over the families of transformers.
+PROJECTORS = ("connector", "multi_modal_projector", "mm_projector", "aligner", "merger", "embed_vision")
+
+# What a vision tower returns beside the features that the language model reads; large, and dead after the projector.
+_TOWER_LEFTOVERS = ("last_hidden_state", "hidden_states", "attentions")
+
+Features = dict[str, Any]
+
+
+@dataclass
+class DecodeState:
+    """What one decode step hands to the next; batch rows end at the same column because prompts are left-padded."""
+
+    cache: Any
+    attention_mask: torch.Tensor  # (batch, tokens so far)
+    position_ids: torch.Tensor  # (..., batch, 1), of the token decoded last
+
+
+class VisionLanguageModel:
+    """A loaded transformers model with its stages taken apart and its knobs within reach.
+
+    Attributes:
+        model: the torch module.
+        processor: question and images to tensors; None for a checkpoint without a tokenizer.
+        card: what was known of it before loading.
+        device: where it runs.
+    """
+
+    def __init__(self, model: Any, processor: Processor | None, card: ModelCard, device: torch.device) -> None:
+        self.model = model
+        self.processor = processor
+        self.card = card
+        self.device = device
+        self.decoder = _decoder(model)
+        self._on_tower_end: Callable[[], None] | None = None
+        self._mark_tower_end()
+
+    # -- knobs ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def knobs(self, moe_top_k: int | None = None, active_blocks: Sequence[int] | None = None) -> Iterator[None]:
+        """Switch knobs in place and restore them at the end, also when the body raises; None leaves a knob alone.
+
+        Raises:
+            KnobError: this model cannot take the value.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(experts_per_token(self.model, moe_top_k))
+            stack.enter_context(only_blocks(self.decoder, active_blocks))
+            yield
+
+    # -- stages, in the order in which an answer passes through them ------------------------------------------------
+
+    def preprocess(self, images: Sequence[Image.Image], question: str, setting: VisionSetting) -> Inputs:
+        """Images and question in host memory to tensors in host memory."""
+        if self.processor is None:
+            raise ModelError(f"{self.card.name} was loaded without a tokenizer, so it has no processor")
+        return self.processor(images, question, setting)
+
+    def transfer(self, inputs: Inputs) -> Inputs:
+        """Tensors to the device."""
+        return Inputs(
+            {name: tensor.to(self.device) for name, tensor in inputs.prompt.items()},
+            {name: tensor.to(self.device) for name, tensor in inputs.vision.items()},
+            inputs.num_crops,
+            inputs.num_vision_tokens,
+        )
+
+    def encode_images(self, vision: Tensors, on_tower_end: Callable[[], None] | None = None) -> Features:
+        """Vision tower and projector: pixels to the embeddings that the language model reads.
+
+        Args:
+            vision: the vision part of `Inputs`, on the device.
+            on_tower_end: called when the tower's last hidden state is there and the projector has not begun.
+        """
+        self._on_tower_end = on_tower_end
+        try:
+            features = self.model.base_model.get_image_features(**vision, return_dict=True)
+        finally:
+            self._on_tower_end = None
+        return {name: value for name, value in features.items() if name not in _TOWER_LEFTOVERS}
+
+    def prefill(self, prompt: Tensors, vision: Tensors, features: Features) -> tuple[torch.Tensor, DecodeState]:
+        """Embedding merge, every active block, final norm and LM head: the first token of every row.
+
+        Args:
+            prompt: tensors of shape (batch, tokens), left-padded.
+            vision: the vision parts of the same samples; pixels are not read again, grids are.
+            features: what `encode_images` made of them.
+
+        Returns:
+            Tokens of shape (batch, 1) and the state for the next step.
+        """
+        from transformers.cache_utils import DynamicCache
+
+        grids = {name: tensor for name, tensor in vision.items() if not name.startswith("pixel")}
+        cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        positions = self.model._prepare_position_ids_for_generation(
+            prompt["input_ids"], {**prompt, **grids, "past_key_values": cache}
+        )
+        output = self.model(
+            **prompt,
+            position_ids=positions,
+            past_key_values=cache,
+            mm_encoder_outputs={"image": _as_output(features)},
+            use_cache=True,
+            logits_to_keep=1,
+            return_dict=True,
+        )
+        token = output.logits[:, -1].argmax(-1, keepdim=True)
+        return token, DecodeState(cache, prompt["attention_mask"], positions[..., -1:])
+
+    def decode_step(self, token: torch.Tensor, state: DecodeState) -> torch.Tensor:
+        """The greedy token after `token`, both of shape (batch, 1); `state` moves on by one position."""
+        mask = state.attention_mask
+        state.attention_mask = torch.cat([mask, mask.new_ones((mask.shape[0], 1))], dim=-1)
+        state.position_ids = state.position_ids + 1
+        output: Any = self.model(
+            input_ids=token,
+            attention_mask=state.attention_mask,
+            position_ids=state.position_ids,
+            past_key_values=state.cache,
+            use_cache=True,
+            return_dict=True,
+        )
+        chosen: torch.Tensor = output.logits[:, -1].argmax(-1, keepdim=True)
+        return chosen
+
+    # -- answers ----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def answer(self, batch: Sequence[tuple[Inputs, Features]], max_new_tokens: int) -> list[list[int]]:
+        """Greedy tokens of every sample up to and including end-of-sequence, at most `max_new_tokens`.
+
+        Args:
+            batch: inputs on the device and the features of their images; features may be shared between calls.
+        """
+        prompt = left_pad([inputs.prompt for inputs, _ in batch], self.pad_token_id)
+        vision = _concatenate_grids([inputs.vision for inputs, _ in batch])
+        token, state = self.prefill(prompt, vision, merge_features([features for _, features in batch]))
+        ends = torch.tensor(sorted(self.end_token_ids), device=self.device)
+        tokens = [token]
+        finished = torch.isin(token, ends)
+        while len(tokens) < max_new_tokens and not bool(finished.all()):
+            token = self.decode_step(token, state)
+            tokens.append(token)
+            finished |= torch.isin(token, ends)
+        rows: list[list[int]] = torch.cat(tokens, dim=-1).tolist()
+        return [_until_end(row, self.end_token_ids) for row in rows]
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Tokens as text without special tokens, stripped."""
+        if self.processor is None:
+            raise ModelError(f"{self.card.name} was loaded without a tokenizer")
+        return str(self.processor.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
+
+    @property
+    def end_token_ids(self) -> frozenset[int]:
+        """Tokens that end an answer, as `generate` reads them."""
+        ends = self.model.generation_config.eos_token_id
+        if ends is None:
+            ends = self.model.config.get_text_config(decoder=True).eos_token_id
+        return frozenset([ends] if isinstance(ends, int) else ends or [])
+
+    @property
+    def pad_token_id(self) -> int:
+        """Fills the left of shorter prompts; masked, so any token serves where the model names none."""
+        pad = self.model.generation_config.pad_token_id
+        return int(pad) if pad is not None else 0
+
+    def _mark_tower_end(self) -> None:
+        encoder = self.model.get_encoder(modality="image")
+        inside = next((m for name, m in encoder.named_modules() if name.split(".")[-1] in PROJECTORS), None)
+
+        def reached(*_: Any) -> None:
+            if self._on_tower_end is not None:
+                self._on_tower_end()
+
+        # Where the projector is the tower's last part (Qwen), the tower ends when the projector begins.
+        if inside is not None:
+            inside.register_forward_pre_hook(reached)
+        else:
+            encoder.register_forward_hook(reached)
+
+
+def merge_features(parts: Sequence[Features]) -> Features:
+    """Features of several samples as one, images in order."""
+    return {name: _join([part[name] for part in parts]) for name in parts[0]} if len(parts) > 1 else parts[0]
+
+
+def kv_cache_bytes(state: DecodeState) -> int:
+    """Bytes of keys and values that the cache holds; blocks that are skipped hold none."""
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for layer in state.cache.layers
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
+        if isinstance(tensor, torch.Tensor)
+    )
+
+
+def _join(values: list[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, torch.Tensor):
+        return torch.cat(values)
+    if isinstance(first, list | tuple):
+        # A list per image is strung together; a list per layer of lists per image is joined layer by layer.
+        if first and isinstance(first[0], list | tuple):
+            return [_join(list(layer)) for layer in zip(*values, strict=True)]
+        return [item for value in values for item in value]
+    return first
+
+
+def _concatenate_grids(parts: Sequence[Tensors]) -> Tensors:
+    names = [name for name in parts[0] if not name.startswith("pixel")]
+    return {name: torch.cat([part[name] for part in parts]) for name in names}
+
+
+def _as_output(features: Features) -> Any:
+    from types import SimpleNamespace
+
+    return SimpleNamespace(**features)
+
+
+def _decoder(model: Any) -> Any:
+    decoder = model.get_decoder()
+    # Some text models name themselves as their decoder; the stack of blocks is one level down.
+    return decoder if hasattr(decoder, "layers") else decoder.model
+
+
+def _until_end(row: list[int], ends: frozenset[int]) -> list[int]:
+    return next((row[: i + 1] for i, token in enumerate(row) if token in ends), row)

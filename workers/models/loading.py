@@ -1,0 +1,186 @@
+"""Building a model: weights from safetensors through `from_pretrained`, or random ones at the real size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from workers.errors import ModelError
+from workers.models import generic
+from workers.models.adapter import VisionLanguageModel
+from workers.models.byte_tokenizer import byte_tokenizer
+from workers.models.family import Registered
+from workers.models.processing import Processor
+from workers.models.registry import (
+    RANDOM_SEED,
+    REGISTERED,
+    ModelCard,
+    describe,
+    read_preprocessor,
+)
+from workers.schema import ModelSource
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    name_or_folder: str,
+    *,
+    weights: str | None = None,
+    dtype: str | None = None,
+    device: str | torch.device | None = None,
+    attention: str = "sdpa",
+    experts: str | None = None,
+    revision: str | None = None,
+) -> VisionLanguageModel:
+    """Load a model for use from Python.
+
+    Args:
+        name_or_folder: registered name, checkpoint folder, or hub id.
+        weights: `checkpoint` or `random`; random where a registered model has no checkpoint.
+        dtype: float32, bfloat16 or float16; bfloat16 on a GPU and float32 on a CPU if None.
+        device: a torch device; the first GPU, else the CPU, if None.
+        attention: attention back-end of transformers.
+        experts: expert back-end of transformers; its default if None.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        ModelError: no such model, or it cannot be loaded; one line with the place and the remedy.
+    """
+    where = torch.device(device) if device is not None else default_device()
+    dtype = dtype or ("float32" if where.type == "cpu" else "bfloat16")
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    card = describe(name_or_folder, revision=revision, random_weights=weights == "random")
+    return build(card, weights or default_weights(card), DTYPES[dtype], where, attention, experts)
+
+
+def load_source(source: ModelSource, device: torch.device) -> VisionLanguageModel:
+    """Load exactly what a plan named.
+
+    Raises:
+        ModelError: it cannot be loaded, or its files are no longer those the plan fingerprinted.
+    """
+    card = describe(
+        source.name, checkpoint=source.place, revision=source.revision, random_weights=source.weights == "random"
+    )
+    if card.fingerprint != source.fingerprint:
+        raise ModelError(f"{source.name}: the files at {source.place} have changed since the sweep was planned")
+    return build(card, source.weights, DTYPES[source.dtype], device, source.attention, source.experts)
+
+
+def default_weights(card: ModelCard) -> str:
+    """`random` where there is nothing else."""
+    return "random" if card.fingerprint.startswith("random:") else "checkpoint"
+
+
+def default_device() -> torch.device:
+    """The first GPU, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def build(
+    card: ModelCard, weights: str, dtype: torch.dtype, device: torch.device, attention: str, experts: str | None
+) -> VisionLanguageModel:
+    """The model in evaluation mode on its device, with its processor if it has a tokenizer."""
+    backends: dict[str, Any] = {"attn_implementation": attention}
+    if card.num_experts is not None and experts is not None:
+        backends["experts_implementation"] = experts
+    try:
+        model = (
+            _random(card, dtype, device, backends)
+            if weights == "random"
+            else _from_checkpoint(card, dtype, device, backends)
+        )
+        model.eval().requires_grad_(False)
+        return VisionLanguageModel(model, _processor(card, model), card, device)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, ImportError, AttributeError, KeyError) as error:
+        # transformers raises all of these for a checkpoint that is broken, foreign or in need of a missing package.
+        raise ModelError(f"{card.name} cannot be loaded: {_first_line(error)}") from error
+
+
+def _random(card: ModelCard, dtype: torch.dtype, device: torch.device, backends: dict[str, Any]) -> Any:
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.for_model(**card.config)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, **backends)
+    model = model.to_empty(device=device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(RANDOM_SEED)
+        model.init_weights()
+    model.generation_config.pad_token_id = config.get_text_config(decoder=True).pad_token_id
+    model.generation_config.eos_token_id = config.get_text_config(decoder=True).eos_token_id
+    return model
+
+
+def _from_checkpoint(card: ModelCard, dtype: torch.dtype, device: torch.device, backends: dict[str, Any]) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    # Only safetensors, never code from the checkpoint: loading a model must not run a stranger's program.
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        _place(card),
+        revision=card.checkpoint.revision,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **backends,
+    )
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(f"{card.name}: the checkpoint lacks {len(missing)} tensors, e.g. {', '.join(missing[:3])}")
+    return model.to(device)
+
+
+def _place(card: ModelCard) -> str:
+    return str(card.checkpoint.folder or card.checkpoint.hub_id)
+
+
+def _processor(card: ModelCard, model: Any) -> Processor | None:
+    registered = REGISTERED.get(card.name)
+    if card.checkpoint.folder is None and card.checkpoint.hub_id is None:
+        return card.family.processor(byte_tokenizer(card.family.special_tokens), card.config, card.preprocessor)
+    tokenizer = _tokenizer(card)
+    if tokenizer is None:
+        return None
+    if card.family is generic.FAMILY:
+        return card.family.processor(_whole_processor(card), model.config.to_dict(), {})
+    return card.family.processor(tokenizer, model.config.to_dict(), _checkpoint_preprocessor(card, registered))
+
+
+def _checkpoint_preprocessor(card: ModelCard, registered: Registered | None) -> Any:
+    """The checkpoint's own preprocessing, which decides; what is registered only served the plan."""
+    if card.checkpoint.folder is not None:
+        return card.preprocessor
+    return read_preprocessor(card.checkpoint) or (registered.preprocessor if registered else card.preprocessor)
+
+
+def _tokenizer(card: ModelCard) -> Any:
+    from transformers import AutoTokenizer
+
+    folder = card.checkpoint.folder
+    if folder is not None and not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(
+        _place(card), revision=card.checkpoint.revision, trust_remote_code=False, padding_side="left"
+    )
+    if tokenizer.chat_template is None and folder is not None and (folder / "chat_template.json").is_file():
+        # Checkpoints of a certain age keep the template of the whole processor in a file of its own.
+        tokenizer.chat_template = json.loads(Path(folder / "chat_template.json").read_text())["chat_template"]
+    return tokenizer
+
+
+def _whole_processor(card: ModelCard) -> Any:
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(_place(card), revision=card.checkpoint.revision, trust_remote_code=False)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,137 @@
+"""Images and a question become tensors: prompt, placeholders, tokens; each family adds how it cuts an image."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from knobs.vision import VisionSetting
+
+Tensors = dict[str, torch.Tensor]
+
+# Entries that run along the prompt, one value per token; everything else a processor returns belongs to the images.
+PROMPT_ENTRIES = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One sample, or a left-padded batch of samples, ready for the model.
+
+    Attributes:
+        prompt: tensors of shape (batch, tokens): input_ids, attention_mask and what else the family wants per token.
+        vision: keyword arguments of the model's `get_image_features`.
+        num_crops: crops in the tensors, without the global view; None where the family does not cut images.
+        num_vision_tokens: image placeholders in the prompt, counted.
+    """
+
+    prompt: Tensors
+    vision: Tensors
+    num_crops: int | None
+    num_vision_tokens: int
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt without padding, over the batch."""
+        return int(self.prompt["attention_mask"].sum())
+
+
+@dataclass(frozen=True)
+class ImageTensors:
+    """What a family makes of the images of one prompt: tensors, the text that stands for each, and their crops."""
+
+    vision: Tensors
+    placeholders: Sequence[str]
+    num_crops: int | None
+
+
+class Processor(ABC):
+    """Question and images to `Inputs`, for one sample.
+
+    Attributes:
+        tokenizer: the model's tokenizer.
+        image_token_id: the token in the prompt that one vision token takes the place of.
+    """
+
+    tokenizer: Any
+    image_token_id: int
+
+    @abstractmethod
+    def __call__(self, images: Sequence[Image.Image], question: str, setting: VisionSetting) -> Inputs:
+        """Tensors for one sample.
+
+        Args:
+            images: RGB images, in the order in which the prompt refers to them.
+            question: the text of the user's turn.
+            setting: a level of the vision knob that this family takes.
+        """
+
+
+class CuttingProcessor(Processor):
+    """A processor that writes the prompt itself. Subclasses say how images are cut and which text stands for them.
+
+    Attributes:
+        image_token: the token that is replaced by one vision token.
+        template_image: what the chat template (or, without one, the plain prompt) holds in the place of an image.
+        prompt_image: the same with the tokens around it, used where there is no chat template.
+    """
+
+    image_token: str
+    template_image: str
+    prompt_image: str
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+
+    @abstractmethod
+    def cut(self, images: Sequence[Image.Image], setting: VisionSetting) -> ImageTensors:
+        """Resize, crop and normalise RGB images under a vision setting."""
+
+    def per_token(self, input_ids: torch.Tensor) -> Tensors:
+        """Further tensors of the shape of `input_ids` that the family's model wants."""
+        return {}
+
+    def __call__(self, images: Sequence[Image.Image], question: str, setting: VisionSetting) -> Inputs:
+        cut = self.cut(images, setting)
+        text = self._fill(self.prompt_text(question, len(images)), cut.placeholders)
+        encoded = self.tokenizer(text, return_tensors="pt", add_special_tokens=self.tokenizer.chat_template is None)
+        ids = encoded["input_ids"]
+        prompt = {"input_ids": ids, "attention_mask": encoded["attention_mask"], **self.per_token(ids)}
+        return Inputs(prompt, cut.vision, cut.num_crops, int((ids == self.image_token_id).sum()))
+
+    def prompt_text(self, question: str, num_images: int) -> str:
+        """The user's turn, images first, in the tokenizer's chat template if it has one."""
+        if self.tokenizer.chat_template is None:
+            return self.prompt_image * num_images + question
+        content = [{"type": "image"}] * num_images + [{"type": "text", "text": question}]
+        turn = [{"role": "user", "content": content}]
+        return str(self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+
+    def _fill(self, text: str, placeholders: Sequence[str]) -> str:
+        parts = text.split(self.template_image)
+        if len(parts) != len(placeholders) + 1:
+            raise ValueError(f"the chat template leaves {len(parts) - 1} places for {len(placeholders)} images")
+        filled = [parts[0]]
+        for placeholder, part in zip(placeholders, parts[1:], strict=True):
+            filled += [placeholder, part]
+        return "".join(filled)
+
+
+def left_pad(samples: Sequence[Tensors], pad_token_id: int) -> Tensors:
+    """Prompts of shape (1, tokens) as one batch (samples, longest), padded on the left so that all end together."""
+    longest = max(s["input_ids"].shape[1] for s in samples)
+    fill = {"input_ids": pad_token_id}
+    return {
+        name: torch.cat(
+            [
+                torch.nn.functional.pad(s[name], (longest - s[name].shape[1], 0), value=fill.get(name, 0))
+                for s in samples
+            ]
+        )
+        for name in samples[0]
+    }

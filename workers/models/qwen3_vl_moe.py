@@ -1,0 +1,193 @@
+"""Qwen3-VL with mixture-of-experts decoders: images at native resolution, one vision token per 2 x 2 patches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from knobs.vision import VisionLayout, VisionSetting
+from workers.models.family import Config, Registered
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from workers.models.processing import ImageTensors, Processor, Tensors
+
+START, IMAGE, VIDEO, STOP = "<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>"
+
+
+def resized(height: int, width: int, factor: int, least_pixels: int, most_pixels: int) -> tuple[int, int]:
+    """Height and width, both multiples of `factor`, that Qwen-VL resizes an image to (`smart_resize` in transformers).
+
+    Python's round (half to even) is meant.
+    """
+    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+    if new_height * new_width > most_pixels:
+        shrink = math.sqrt(height * width / most_pixels)
+        new_height = max(factor, math.floor(height / shrink / factor) * factor)
+        new_width = max(factor, math.floor(width / shrink / factor) * factor)
+    elif new_height * new_width < least_pixels:
+        grow = math.sqrt(least_pixels / (height * width))
+        new_height = math.ceil(height * grow / factor) * factor
+        new_width = math.ceil(width * grow / factor) * factor
+    return new_height, new_width
+
+
+@dataclass(frozen=True)
+class QwenGeometry:
+    """Pixels per side of one vision token, and the checkpoint's own bounds on the pixels of an image."""
+
+    pixels_per_token: int
+    least_pixels: int
+    most_pixels: int
+    axes: tuple[str, ...] = ()
+
+    def refuse(self, setting: VisionSetting) -> str | None:
+        return None if setting.knob == "native" else f"this family has no vision knob {setting.knob}"
+
+    def layout(self, height: int, width: int, setting: VisionSetting) -> VisionLayout:
+        factor = self.pixels_per_token
+        target_height, target_width = resized(height, width, factor, self.least_pixels, self.most_pixels)
+        tokens = (target_height // factor) * (target_width // factor)
+        return VisionLayout((1, 1), 1, 1, tokens, target_height, target_width)
+
+    def pinned(self, setting: VisionSetting) -> VisionLayout | None:
+        return None
+
+
+def _text(
+    hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int, vocabulary: int, sections: list[int]
+) -> dict[str, Any]:
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5e6,
+            "mrope_section": sections,
+            "mrope_interleaved": True,
+        },
+    }
+
+
+@dataclass(frozen=True)
+class Qwen3VLMoe:
+    name: str = "qwen3_vl_moe"
+    model_types: tuple[str, ...] = ("qwen3_vl_moe",)
+    special_tokens: tuple[str, ...] = (START, IMAGE, VIDEO, STOP)
+
+    @property
+    def registered(self) -> Mapping[str, Registered]:
+        published = {
+            "text_config": {
+                **_text(2048, 48, 32, 4, 128, 151936, [24, 20, 20]),
+                "intermediate_size": 6144,
+                "moe_intermediate_size": 768,
+                "num_experts": 128,
+                "num_experts_per_tok": 8,
+                "max_position_embeddings": 262144,
+            },
+            "vision_config": {
+                "depth": 27,
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "num_heads": 16,
+                "patch_size": 16,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+                "out_hidden_size": 2048,
+                "num_position_embeddings": 2304,
+                "deepstack_visual_indexes": [8, 16, 24],
+            },
+        }
+        tiny = {
+            "text_config": {
+                **_text(128, 6, 4, 2, 32, 512, [8, 4, 4]),
+                "intermediate_size": 256,
+                "moe_intermediate_size": 128,
+                "num_experts": 16,
+                "num_experts_per_tok": 4,
+                "max_position_embeddings": 8192,
+            },
+            "vision_config": {
+                "depth": 2,
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_heads": 4,
+                "patch_size": 8,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+                "out_hidden_size": 128,
+                "num_position_embeddings": 256,
+                "deepstack_visual_indexes": [0],
+            },
+        }
+        return {
+            "qwen3-vl-30b-a3b": Registered(
+                "qwen3_vl_moe",
+                published,
+                _preprocessor(16, 256 * 256, 4096 * 4096),
+                "Qwen/Qwen3-VL-30B-A3B-Instruct",
+            ),
+            "tiny-qwen3-vl-moe": Registered("qwen3_vl_moe", tiny, _preprocessor(8, 64 * 64, 256 * 256)),
+        }
+
+    def token_ids(self, ids: Mapping[str, int]) -> dict[str, Any]:
+        return {
+            "image_token_id": ids[IMAGE],
+            "video_token_id": ids[VIDEO],
+            "vision_start_token_id": ids[START],
+            "vision_end_token_id": ids[STOP],
+        }
+
+    def geometry(self, config: Config, preprocessor: Config) -> QwenGeometry:
+        size = preprocessor["size"]
+        pixels = int(preprocessor["patch_size"]) * int(preprocessor["merge_size"])
+        return QwenGeometry(pixels, int(size["shortest_edge"]), int(size["longest_edge"]))
+
+    def processor(self, tokenizer: Any, config: Config, preprocessor: Config) -> Processor:
+        from transformers import Qwen2VLImageProcessorPil
+
+        from workers.models.processing import CuttingProcessor, ImageTensors
+
+        image_processor = Qwen2VLImageProcessorPil(**preprocessor)
+        merged = image_processor.merge_size**2
+
+        class Qwen3VLProcessor(CuttingProcessor):
+            image_token, template_image, prompt_image = IMAGE, IMAGE, START + IMAGE + STOP
+
+            def cut(self, images: Sequence[Image.Image], setting: VisionSetting) -> ImageTensors:
+                made = image_processor(list(images), return_tensors="pt")
+                grids = made["image_grid_thw"]
+                placeholders = [IMAGE * (int(grid.prod()) // merged) for grid in grids]
+                vision = {"pixel_values": made["pixel_values"], "image_grid_thw": grids}
+                return ImageTensors(vision, placeholders, len(images))
+
+            def per_token(self, input_ids: torch.Tensor) -> Tensors:
+                # Three-dimensional rotary positions are computed from where the images are.
+                return {"mm_token_type_ids": (input_ids == self.image_token_id).long()}
+
+        return Qwen3VLProcessor(tokenizer)
+
+
+def _preprocessor(patch: int, least_pixels: int, most_pixels: int) -> dict[str, Any]:
+    return {
+        # Areas in pixels, under the names that transformers gives them.
+        "size": {"shortest_edge": least_pixels, "longest_edge": most_pixels},
+        "patch_size": patch,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+
+
+FAMILY = Qwen3VLMoe()

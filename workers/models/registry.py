@@ -1,0 +1,281 @@
+"""From the name of a model to everything a plan may know of it: no torch, no weights, no download but small files."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from knobs.vision import VisionGeometry
+from workers.errors import ModelError
+from workers.models import generic, internvl, qwen3_vl_moe, smolvlm
+from workers.models.byte_tokenizer import token_ids
+from workers.models.family import Config, Family, Registered
+
+# The whole list of families; a new one is a file and a line here.
+FAMILIES: tuple[Family, ...] = (smolvlm.FAMILY, internvl.FAMILY, qwen3_vl_moe.FAMILY)
+
+REGISTERED: Mapping[str, Registered] = {name: r for family in FAMILIES for name, r in family.registered.items()}
+
+# Keys of a preprocessor_config.json that say which class reads it, not what it does.
+_CLASS_KEYS = ("image_processor_type", "processor_class", "feature_extractor_type", "auto_map", "_processor_class")
+
+# Spellings of the same two numbers in the configurations of transformers.
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_k", "moe_topk")
+
+RANDOM_SEED = 0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where weights and configuration come from: a local folder, a hub repository, or neither (registered name)."""
+
+    folder: Path | None = None
+    hub_id: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What is known of a model before it is loaded.
+
+    Attributes:
+        name: as the user wrote it.
+        family: see `workers.models.family`.
+        checkpoint: where its files are.
+        config, preprocessor: contents of config.json and preprocessor_config.json, or what is registered.
+        fingerprint: digest of everything that decides what it computes, weights included.
+        num_blocks: transformer blocks of the language model.
+        num_experts, moe_top_k: experts per block and how many fire by default; None for a dense model.
+        geometry: its vision arithmetic.
+    """
+
+    name: str
+    family: Family
+    checkpoint: Checkpoint
+    config: Config
+    preprocessor: Config
+    fingerprint: str
+    num_blocks: int
+    num_experts: int | None
+    moe_top_k: int | None
+    geometry: VisionGeometry
+
+
+def family_named(name: str) -> Family:
+    """The family of this name; `generic` for what has no file of its own."""
+    return next((family for family in FAMILIES if family.name == name), generic.FAMILY)
+
+
+def describe(
+    name: str,
+    *,
+    checkpoint: str | None = None,
+    revision: str | None = None,
+    random_weights: bool = False,
+    base_folder: Path | None = None,
+    offline: bool = False,
+) -> ModelCard:
+    """What is known of a model by registry name, local folder or hub id.
+
+    Args:
+        checkpoint: folder or hub id to use instead of what the name says.
+        revision: branch, tag or commit on the hub; the default branch if None.
+        random_weights: only the configuration matters, so a registered name needs no file.
+        base_folder: where relative folders start; the current folder is tried next.
+        offline: use what is registered or cached and never the network.
+
+    Raises:
+        ModelError: no such model, or its files say nothing that can be used.
+    """
+    place = checkpoint or name
+    folder = _folder(place, base_folder)
+    registered = REGISTERED.get(place)
+    if folder is not None:
+        return _from_folder(name, folder, random_weights)
+    if registered is not None:
+        if random_weights or registered.hub_id is None:
+            return _from_registered(name, registered, Checkpoint(), None)
+        located = _locate_on_hub(registered.hub_id, revision, offline)
+        return _from_registered(name, registered, located, f"hub:{located.hub_id}@{located.revision}")
+    if "/" in place and not place.startswith((".", "/", "~")):
+        return _from_hub(name, place, revision, random_weights, offline)
+    raise ModelError(_unknown(place))
+
+
+def _folder(place: str, base_folder: Path | None) -> Path | None:
+    for base in filter(None, (base_folder, Path.cwd())):
+        candidate = (base / Path(place).expanduser()).resolve()
+        if candidate.is_dir() and (place not in REGISTERED or (candidate / "config.json").is_file()):
+            return candidate
+    return None
+
+
+def _unknown(place: str) -> str:
+    if "/" in place:
+        return f"model folder {place} does not exist"
+    near = difflib.get_close_matches(place, REGISTERED, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"unknown model {place!r}, {hint}(registered: {', '.join(sorted(REGISTERED))}; or a folder, or a hub id a/b)"
+
+
+def _from_registered(name: str, registered: Registered, located: Checkpoint, fingerprint: str | None) -> ModelCard:
+    family = family_named(registered.family)
+    ids = token_ids(family.special_tokens)
+    config = {"model_type": family.model_types[0], **registered.config}
+    if located.hub_id is None:
+        # Random weights come with the byte tokenizer, so the configuration has to name its ids.
+        end = {"pad_token_id": 257, "bos_token_id": 258, "eos_token_id": 259}
+        config |= {**family.token_ids(ids), "text_config": {**registered.config["text_config"], **end}}
+        fingerprint = f"random:{RANDOM_SEED}:{_digest([config, registered.preprocessor])}"
+    assert fingerprint is not None
+    return _card(name, family, located, config, registered.preprocessor, fingerprint)
+
+
+def _from_folder(name: str, folder: Path, random_weights: bool) -> ModelCard:
+    config = _json(folder / "config.json", f"model folder {folder} has no config.json, so it is not a checkpoint")
+    family = _family_of(config, str(folder))
+    preprocessor = read_preprocessor(Checkpoint(folder=folder))
+    if random_weights:
+        fingerprint = f"random:{RANDOM_SEED}:{_digest([config, preprocessor])}"
+    else:
+        if not any(folder.glob("*.safetensors")):
+            raise ModelError(f"model folder {folder} has no *.safetensors; for random weights write weights: random")
+        fingerprint = f"files:{_digest_of_files(folder)}"
+    return _card(name, family, Checkpoint(folder=folder), config, preprocessor, fingerprint)
+
+
+def _from_hub(name: str, hub_id: str, revision: str | None, random_weights: bool, offline: bool) -> ModelCard:
+    located = _locate_on_hub(hub_id, revision, offline)
+    config = _hub_json(located, "config.json", offline)
+    if config is None:
+        raise ModelError(f"{hub_id} has no config.json that can be read{' (offline)' if offline else ''}")
+    family = _family_of(config, hub_id)
+    preprocessor = read_preprocessor(located, offline)
+    weights = f"random:{RANDOM_SEED}:{_digest([config, preprocessor])}" if random_weights else "hub:"
+    fingerprint = weights if random_weights else f"hub:{hub_id}@{located.revision}"
+    return _card(name, family, located, config, preprocessor, fingerprint)
+
+
+def _card(
+    name: str, family: Family, located: Checkpoint, config: Config, preprocessor: Config, fingerprint: str
+) -> ModelCard:
+    text = config.get("text_config") or config.get("llm_config") or config
+    blocks = text.get("num_hidden_layers")
+    if type(blocks) is not int:
+        raise ModelError(f"{name}: config.json does not say how many blocks the language model has (num_hidden_layers)")
+    try:
+        geometry = family.geometry(config, preprocessor)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{name}: its configuration lacks {error} that {family.name} needs for images") from error
+    experts, top_k = _first_int(text, _EXPERT_KEYS), _first_int(text, _TOP_K_KEYS)
+    if experts is None or experts < 2:
+        experts = top_k = None
+    return ModelCard(name, family, located, config, preprocessor, fingerprint, blocks, experts, top_k, geometry)
+
+
+def _family_of(config: Config, place: str) -> Family:
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise ModelError(f"{place}: config.json has no model_type")
+    found = next((family for family in FAMILIES if model_type in family.model_types), None)
+    if found is None and "vision_config" not in config:
+        raise ModelError(f"{place}: model_type {model_type} is not a vision-language model (no vision_config)")
+    return found or generic.FAMILY
+
+
+def _first_int(config: Config, keys: tuple[str, ...]) -> int | None:
+    return next((config[key] for key in keys if type(config.get(key)) is int), None)
+
+
+def _json(path: Path, missing: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(missing) from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} is not a JSON object")
+    return content
+
+
+def read_preprocessor(located: Checkpoint, offline: bool = False) -> dict[str, Any]:
+    """Keyword arguments of a checkpoint's image processor; empty where it has none.
+
+    They stand in a file of their own, or inside the file of the whole processor that newer releases write.
+    """
+    for file, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        if located.folder is not None:
+            path = located.folder / file
+            content = _json(path, f"{path} does not exist") if path.is_file() else None
+        else:
+            content = _hub_json(located, file, offline)
+        if content and key is not None:
+            content = content.get(key)
+        if content:
+            return {k: v for k, v in content.items() if k not in _CLASS_KEYS}
+    return {}
+
+
+def _digest(value: Any) -> str:
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), default=list)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _digest_of_files(folder: Path) -> str:
+    """Digest of the content of every file a checkpoint consists of; names count, times and places do not."""
+    wanted = (".json", ".safetensors", ".jinja", ".model", ".txt")
+    digests = []
+    for path in sorted(p for p in folder.iterdir() if p.suffix in wanted):
+        with path.open("rb") as file:
+            digests.append((path.name, hashlib.file_digest(file, "sha256").hexdigest()))
+    return _digest(digests)
+
+
+def _locate_on_hub(hub_id: str, revision: str | None, offline: bool) -> Checkpoint:
+    """The commit that a revision means now; offline, the commit in the local cache, else the revision as written."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if not (offline or HF_HUB_OFFLINE):
+        try:
+            return Checkpoint(hub_id=hub_id, revision=HfApi().model_info(hub_id, revision=revision, timeout=10).sha)
+        except RepositoryNotFoundError:
+            raise ModelError(f"the hub has no model {hub_id}, or it is private and no token is set") from None
+        except RevisionNotFoundError:
+            raise ModelError(f"{hub_id} has no revision {revision}") from None
+        except (HfHubHTTPError, OSError):
+            pass  # unreachable: what is cached serves
+        except Exception as error:  # the HTTP client's own transport errors share no base with the above
+            if "connect" not in f"{type(error).__name__} {error}".lower():
+                raise ModelError(f"{hub_id} cannot be looked up: {error}") from None
+    cached = _cached_commit(hub_id, revision or "main")
+    if cached is None and not offline:
+        raise ModelError(f"{hub_id} is not in the local cache and the Hugging Face hub cannot be reached")
+    return Checkpoint(hub_id=hub_id, revision=cached or revision or "main")
+
+
+def _cached_commit(hub_id: str, revision: str) -> str | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(hub_id, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+def _hub_json(located: Checkpoint, file: str, offline: bool) -> dict[str, Any] | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    assert located.hub_id is not None
+    try:
+        path = hf_hub_download(located.hub_id, file, revision=located.revision, local_files_only=offline)
+    except (EntryNotFoundError, LocalEntryNotFoundError):
+        return None
+    return _json(Path(path), f"{located.hub_id} has no {file}")

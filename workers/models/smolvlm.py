@@ -1,0 +1,228 @@
+"""SmolVLM2 (and Idefics3-style splitting): square tiles after a resize of the longest edge, then a global view."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from knobs.vision import VisionLayout, VisionSetting
+from workers.models.family import Config, Registered, as_int
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from workers.models.processing import ImageTensors, Processor
+
+FAKE, IMAGE, GLOBAL = "<fake_token_around_image>", "<image>", "<global-img>"
+# Rows and columns that the byte tokenizer has tokens for; 4096 px (the resize cap) over 384 px tiles is 11.
+MOST_TILES = 12
+# The image processor never resizes beyond this, whatever longest_edge says (transformers' MAX_IMAGE_SIZE).
+LARGEST_SIDE = 4096
+
+
+def tiling(height: int, width: int, longest_edge: int, tile: int) -> tuple[int, int]:
+    """Rows and columns of tiles that SmolVLM cuts an image into; (0, 0) is an image that is not split.
+
+    The longest side becomes `longest_edge`, the other follows the aspect and is made even; both are then rounded up
+    to whole tiles. This is the arithmetic of transformers' SmolVLM image processor as it runs, not of its
+    `get_number_of_image_patches`, which rounds the unrounded side and differs for one image in ten.
+    """
+    aspect = width / height
+    if width >= height:
+        width, height = longest_edge, int(longest_edge / aspect)
+        height += height % 2
+    else:
+        height, width = longest_edge, int(longest_edge * aspect)
+        width += width % 2
+    height, width = max(height, 1), max(width, 1)
+    aspect = width / height
+    if max(height, width) > LARGEST_SIDE:
+        if width >= height:
+            width, height = LARGEST_SIDE, int(LARGEST_SIDE / aspect)
+        else:
+            height, width = LARGEST_SIDE, int(LARGEST_SIDE * aspect)
+        height, width = max(height, 1), max(width, 1)
+    aspect = width / height
+    if width >= height:
+        width = math.ceil(width / tile) * tile
+        height = math.ceil(int(width / aspect) / tile) * tile
+    else:
+        height = math.ceil(height / tile) * tile
+        width = math.ceil(int(height * aspect) / tile) * tile
+    return (0, 0) if max(height, width) <= tile else (height // tile, width // tile)
+
+
+@dataclass(frozen=True)
+class SmolVLMGeometry:
+    """Tile size in pixels, vision tokens per tile, and the checkpoint's own longest edge."""
+
+    tile: int
+    tokens_per_tile: int
+    longest_edge: int
+    axes: tuple[str, ...] = ("longest_edge",)
+
+    def refuse(self, setting: VisionSetting) -> str | None:
+        if setting.knob == "native":
+            return None
+        if setting.knob not in self.axes:
+            return f"this family has no vision knob {setting.knob}"
+        edge = as_int(setting.value)
+        if edge is None or not self.tile <= edge <= LARGEST_SIDE:
+            return f"longest_edge must be {self.tile} (one tile) to {LARGEST_SIDE} pixels"
+        return None
+
+    def edge(self, setting: VisionSetting) -> int:
+        """The longest edge in pixels that `setting` resizes to."""
+        return as_int(setting.value) or self.longest_edge
+
+    def layout(self, height: int, width: int, setting: VisionSetting) -> VisionLayout:
+        rows, columns = tiling(height, width, self.edge(setting), self.tile)
+        if rows == 0:
+            return VisionLayout((1, 1), 1, 1, self.tokens_per_tile, self.tile, self.tile)
+        crops = rows * columns
+        tokens = (crops + 1) * self.tokens_per_tile
+        return VisionLayout((rows, columns), crops, crops + 1, tokens, rows * self.tile, columns * self.tile)
+
+    def pinned(self, setting: VisionSetting) -> VisionLayout | None:
+        # One tile is one tile for every aspect; anything larger follows the image.
+        if self.edge(setting) == self.tile:
+            return VisionLayout((1, 1), 1, 1, self.tokens_per_tile, self.tile, self.tile)
+        return None
+
+
+def _text(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocabulary: int) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": hidden // heads,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 8192,
+    }
+
+
+def _vision(hidden: int, intermediate: int, layers: int, heads: int, image: int, patch: int) -> dict[str, int]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "image_size": image,
+        "patch_size": patch,
+    }
+
+
+def _preprocessor(longest_edge: int, tile: int) -> dict[str, Any]:
+    return {"size": {"longest_edge": longest_edge}, "max_image_size": {"longest_edge": tile}}
+
+
+# Geometries as published: SigLIP base (512 px, patch 16) and so400m (384 px, patch 14) with SmolLM2 decoders.
+_SIGLIP_BASE = _vision(768, 3072, 12, 12, 512, 16)
+_SIGLIP_SO400M = _vision(1152, 4304, 27, 16, 384, 14)
+_HUB = "HuggingFaceTB/SmolVLM2-{}-Instruct"
+
+
+@dataclass(frozen=True)
+class SmolVLM:
+    name: str = "smolvlm"
+    model_types: tuple[str, ...] = ("smolvlm", "idefics3")
+    special_tokens: tuple[str, ...] = (
+        FAKE,
+        IMAGE,
+        GLOBAL,
+        *(f"<row_{r}_col_{c}>" for r in range(1, MOST_TILES + 1) for c in range(1, MOST_TILES + 1)),
+    )
+
+    @property
+    def registered(self) -> Mapping[str, Registered]:
+        return {
+            "smolvlm2-256m": Registered(
+                "smolvlm",
+                {
+                    "scale_factor": 4,
+                    "vision_config": _SIGLIP_BASE,
+                    "text_config": _text(576, 1536, 30, 9, 3, 49280),
+                },
+                _preprocessor(2048, 512),
+                _HUB.format("256M-Video"),
+            ),
+            "smolvlm2-500m": Registered(
+                "smolvlm",
+                {
+                    "scale_factor": 4,
+                    "vision_config": _SIGLIP_BASE,
+                    "text_config": _text(960, 2560, 32, 15, 5, 49280),
+                },
+                _preprocessor(2048, 512),
+                _HUB.format("500M-Video"),
+            ),
+            "smolvlm2-2.2b": Registered(
+                "smolvlm",
+                {
+                    "scale_factor": 3,
+                    "vision_config": _SIGLIP_SO400M,
+                    "text_config": _text(2048, 8192, 24, 32, 32, 49280),
+                },
+                _preprocessor(1536, 384),
+                _HUB.format("2.2B"),
+            ),
+            "tiny-smolvlm": Registered(
+                "smolvlm",
+                {
+                    "scale_factor": 2,
+                    "vision_config": _vision(64, 128, 2, 4, 32, 4),
+                    "text_config": _text(128, 384, 6, 4, 2, 512),
+                },
+                _preprocessor(128, 32),
+            ),
+        }
+
+    def token_ids(self, ids: Mapping[str, int]) -> dict[str, Any]:
+        return {"image_token_id": ids[IMAGE]}
+
+    def geometry(self, config: Config, preprocessor: Config) -> SmolVLMGeometry:
+        vision = config["vision_config"]
+        tile = int(preprocessor["max_image_size"]["longest_edge"])
+        patches = tile // int(vision["patch_size"])
+        tokens = patches**2 // int(config["scale_factor"]) ** 2
+        return SmolVLMGeometry(tile, tokens, int(preprocessor["size"]["longest_edge"]))
+
+    def processor(self, tokenizer: Any, config: Config, preprocessor: Config) -> Processor:
+        from transformers import SmolVLMImageProcessorPil
+        from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
+
+        from workers.models.processing import CuttingProcessor, ImageTensors
+
+        geometry = self.geometry(config, preprocessor)
+        # do_pad would add a mask of two thirds of the pixels' bytes that only says "all of it".
+        image_processor = SmolVLMImageProcessorPil(**preprocessor)
+
+        class SmolVLMProcessor(CuttingProcessor):
+            image_token, template_image, prompt_image = IMAGE, IMAGE, IMAGE
+
+            def cut(self, images: Sequence[Image.Image], setting: VisionSetting) -> ImageTensors:
+                made = image_processor(
+                    [list(images)],
+                    size={"longest_edge": geometry.edge(setting)},
+                    return_row_col_info=True,
+                    return_tensors="pt",
+                )
+                rows, columns = made["rows"][0], made["cols"][0]
+                placeholders = [
+                    get_image_prompt_string(r, c, geometry.tokens_per_tile, FAKE, IMAGE, GLOBAL)
+                    for r, c in zip(rows, columns, strict=True)
+                ]
+                views = sum(1 for r in rows if r)  # every split image has a global view beside its crops
+                pixels = made["pixel_values"]
+                return ImageTensors({"pixel_values": pixels}, placeholders, pixels.shape[1] - views)
+
+        return SmolVLMProcessor(tokenizer)
+
+
+FAMILY = SmolVLM()

@@ -1,0 +1,352 @@
+"""The one place that says what a task is and what every column of every table means, with its unit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import pyarrow as pa
+
+from knobs.vision import VisionSetting
+from workers.datasets import DatasetSource, SampleRef
+
+# Raised when a column changes meaning. Old result folders stay readable; a new one is never mixed into them.
+SCHEMA_VERSION = 1
+
+# Raised when the way a number is obtained changes, so that old and new rows get different task ids.
+PROTOCOL_VERSION = 1
+
+
+class Kind(StrEnum):
+    """What a task does with a combination; the value is also the name of the table its rows go to."""
+
+    LATENCY = "latency"
+    ACCURACY = "accuracy"
+
+
+class Status(StrEnum):
+    """How a task, or one row of it, ended."""
+
+    DONE = "done"
+    FAILED = "failed"
+    SKIPPED = "skipped"
+
+
+class FailureKind(StrEnum):
+    """Why something failed, by what follows from it rather than by the words of the message."""
+
+    BAD_SAMPLE = "bad_sample"
+    BAD_DATASET = "bad_dataset"
+    MODEL_LOAD = "model_load"
+    KNOB = "knob"
+    OUT_OF_MEMORY = "out_of_memory"
+    DEVICE_LOST = "device_lost"
+    WORKER_LOST = "worker_lost"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Everything that decides which network a worker builds; small, hashable and the same in every process.
+
+    Attributes:
+        name: as it is shown in results.
+        family: the module of `workers.models` that knows this kind, or `generic`.
+        place: where a worker finds it: absolute folder, hub id, or registered name. Not part of the identity.
+        revision: hub commit; None for local files (see `fingerprint`) and random weights.
+        weights: `checkpoint` or `random`.
+        fingerprint: digest of the weights and every file that decides what the model computes.
+        dtype, attention, experts, engine: how it runs; `experts` is None for a dense model.
+    """
+
+    name: str
+    family: str
+    place: str
+    revision: str | None
+    weights: str
+    fingerprint: str
+    dtype: str
+    attention: str
+    experts: str | None
+    engine: str
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """One effective point of the knob grid: nothing is left to a default, so that equal points are equal objects."""
+
+    vision: VisionSetting
+    moe_top_k: int | None
+    active_blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How the samples of a task are run.
+
+    Attributes:
+        max_new_tokens: accuracy: the cap on the answer, which ends at end-of-sequence; latency: the exact length.
+        batch_size: samples per forward pass.
+        repeats: timed repeats per sample (latency only).
+        warmup: untimed runs before the first repeat of every sample (latency only).
+        metric: scorer by name (accuracy only).
+    """
+
+    max_new_tokens: int
+    batch_size: int
+    repeats: int = 1
+    warmup: int = 0
+    metric: str | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """The unit of scheduling: one combination, one data set, one way to run it, a batch of samples.
+
+    `accelerator` is the kind of device whose time is wanted; None is any, for what does not depend on the device.
+    """
+
+    task_id: str
+    combination_id: str
+    kind: Kind
+    sweep: str
+    accelerator: str | None
+    model: ModelSource
+    knobs: Knobs
+    dataset: DatasetSource
+    samples: tuple[SampleRef, ...]
+    protocol: Protocol
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What comes up from a worker: rows, or the reason why there are none. Never an exception."""
+
+    task_id: str
+    status: Status
+    rows: pa.Table | None = None
+    failure: FailureKind | None = None
+    reason: str | None = None
+    traceback: str | None = None
+    worker: dict[str, Any] = field(default_factory=dict)
+    started_at: float = 0.0
+    finished_at: float = 0.0
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its Arrow type, its unit ('' where it has none) and what it means."""
+
+    name: str
+    type: pa.DataType
+    unit: str
+    meaning: str
+
+
+_STRING, _INT, _FLOAT, _BOOL = pa.string(), pa.int64(), pa.float64(), pa.bool_()
+_TIME = pa.timestamp("us", tz="UTC")
+
+# Partition columns come from the folder names; they are never written into the files as well.
+PARTITIONS = (
+    Column("model", _STRING, "", "model name as the sweep wrote it"),
+    Column("accelerator", _STRING, "", "accelerator kind, e.g. H100, or cpu"),
+    Column("dataset", _STRING, "", "data set name"),
+)
+
+_IDENTITY = (
+    Column("sweep", _STRING, "", "name of the sweep that ran it"),
+    Column("combination_id", _STRING, "", "digest of the knob combination on this model, device kind and data set"),
+    Column("revision", _STRING, "", "hub commit, or digest of the local files; null for random weights"),
+    Column("device_name", _STRING, "", "device as its driver names it"),
+    Column("split", _STRING, "", "split of the data set"),
+    Column("dtype", _STRING, "", "data type of the weights"),
+    Column("attention", _STRING, "", "attention back-end"),
+    Column("experts", _STRING, "", "expert back-end; null for a dense model"),
+    Column("engine", _STRING, "", "eager, or graph for a captured decode step"),
+    Column("schema_version", pa.int32(), "", "version of these columns"),
+)
+
+KNOB_COLUMNS = (
+    Column("vision_knob", _STRING, "", "the vision axis in use, or native"),
+    Column("vision_value", _STRING, "", "its level as the sweep wrote it; null for native"),
+    Column("image_size", _STRING, "pixel", "requested canvas, height x width; null for other vision axes"),
+    Column("tier", _STRING, "", "requested tier; null for other vision axes"),
+    Column("force_full_tokens", _BOOL, "", "padding counted as valid vision tokens; null where the family has no such"),
+    Column("moe_top_k", _INT, "", "experts per token in effect; null for a dense model"),
+    Column("num_active_blocks", _INT, "", "transformer blocks of the language model that run"),
+    Column("active_blocks", pa.list_(_INT), "", "their indices"),
+)
+
+_SAMPLE = (
+    Column("task_id", _STRING, "", "the task that made this row"),
+    Column("sample_id", _STRING, "", "stable id of the sample"),
+    Column("image_id", _STRING, "", "image of the sample: questions that share it are not independent"),
+    Column("image_height", _INT, "pixel", "original image"),
+    Column("image_width", _INT, "pixel", "original image"),
+    Column("image_aspect", _FLOAT, "", "original width / height"),
+    Column("theoretical_num_crops", _INT, "", "crops that the knob promises for this image, without the global view"),
+    Column("theoretical_tiling", _STRING, "", "rows x columns of those crops"),
+    Column("theoretical_vision_tokens", _INT, "token", "vision tokens that the knob promises for this image"),
+    Column("aspect_mismatch", _FLOAT, "", "|width/height of the target canvas - width/height of the image|"),
+    Column("target_resolution", _STRING, "pixel", "canvas that is cut into crops, height x width"),
+    Column("actual_num_crops", _INT, "", "crops counted in the tensors, without the global view"),
+    Column("actual_vision_tokens", _INT, "token", "vision tokens counted in the prompt"),
+    Column("prompt_tokens", _INT, "token", "whole prompt, vision and text"),
+    Column("output_tokens", _INT, "token", "tokens generated"),
+    Column("status", _STRING, "", "done or failed"),
+    Column("error", _STRING, "", "why a failed row failed"),
+    Column("worker", _STRING, "", "worker that ran it"),
+    Column("started_at", _TIME, "", "wall clock at the start of this row"),
+)
+
+# Adjacent and disjoint, in the order in which they happen.
+STAGES = ("preprocess_ms", "transfer_ms", "vision_ms", "projector_ms", "prefill_ms", "decode_ms")
+
+LATENCY_COLUMNS = (
+    *_IDENTITY,
+    *KNOB_COLUMNS,
+    *_SAMPLE,
+    Column("batch_size", _INT, "", "samples in the forward pass"),
+    Column("repeat", _INT, "", "timed repeat of this sample, from 0; warm-up runs are not stored"),
+    Column("preprocess_ms", _FLOAT, "ms", "image and text in host memory -> tensors in host memory"),
+    Column("transfer_ms", _FLOAT, "ms", "tensors on the host -> tensors on the device"),
+    Column("vision_ms", _FLOAT, "ms", "vision tower: first kernel -> last hidden state"),
+    Column("projector_ms", _FLOAT, "ms", "end of the tower -> embeddings ready to be merged"),
+    Column("prefill_ms", _FLOAT, "ms", "end of projector -> first token chosen: every block, final norm, LM head"),
+    Column("decode_ms", _FLOAT, "ms", "sum of the decode steps"),
+    Column("decode_step_ms", pa.list_(_FLOAT), "ms", "each decode step: previous token chosen -> next token chosen"),
+    Column("ttft_ms", _FLOAT, "ms", "start of preprocess -> first token chosen; no queue, no network"),
+    Column("tpot_ms", _FLOAT, "ms", "decode_ms / (output_tokens - 1); null for one token"),
+    Column("total_ms", _FLOAT, "ms", "start of preprocess -> last token chosen"),
+    Column("residual_ms", _FLOAT, "ms", "total_ms minus all stages"),
+    Column("peak_memory_bytes", _INT, "byte", "peak device memory allocated while the row ran; null on a CPU"),
+    Column("kv_cache_bytes", _INT, "byte", "keys and values held at the end of decoding"),
+    Column("valid", _BOOL, "", "false if something disturbed the measurement"),
+    Column("invalid_reasons", pa.list_(_STRING), "", "what disturbed it"),
+)
+
+ACCURACY_COLUMNS = (
+    *_IDENTITY,
+    *KNOB_COLUMNS,
+    *_SAMPLE,
+    Column("question_type", _STRING, "", "kind of question, where the data set says"),
+    Column("stop_reason", _STRING, "", "eos, or length if the cap ended the answer"),
+    Column("prediction", _STRING, "", "decoded answer"),
+    Column("metric", _STRING, "", "scorer and variant"),
+    Column("score", _FLOAT, "", "0 to 1; null where the row failed"),
+)
+
+TASK_COLUMNS = (
+    Column("task_id", _STRING, "", "digest of everything that decides the result"),
+    Column("combination_id", _STRING, "", "combination the task belongs to"),
+    Column("sweep", _STRING, "", "name of the sweep that ran it"),
+    Column("kind", _STRING, "", "latency or accuracy; null for a combination that was skipped as a whole"),
+    *KNOB_COLUMNS,
+    Column("status", _STRING, "", "done, failed or skipped"),
+    Column("failure", _STRING, "", "kind of failure"),
+    Column("reason", _STRING, "", "one line: what happened"),
+    Column("traceback", _STRING, "", "traceback on the worker, where there was one"),
+    Column("num_samples", _INT, "", "samples asked for"),
+    Column("num_failed_rows", _INT, "", "rows of the task that failed"),
+    Column("attempts", _INT, "", "how often it was started"),
+    Column("worker", _STRING, "", "worker that ran it"),
+    Column("host", _STRING, "", "machine that ran it"),
+    Column("device_name", _STRING, "", "device as its driver names it"),
+    Column("started_at", _TIME, "", "start on the worker"),
+    Column("finished_at", _TIME, "", "end on the worker"),
+    Column("duration_s", _FLOAT, "s", "time on the worker"),
+)
+
+# The timings that combinations summarise, each as the statistics below.
+SUMMARISED = (*STAGES, "tpot_ms", "ttft_ms", "total_ms")
+STATISTICS = {
+    "mean": "mean over valid rows",
+    "std": "sample standard deviation over valid rows",
+    "p50": "median over valid rows",
+    "p90": "90th percentile over valid rows; null below the sample floor",
+    "p95": "95th percentile over valid rows; null below the sample floor",
+    "p99": "99th percentile over valid rows; null below the sample floor",
+    "ci95": "half-width of the 95 % confidence interval of the mean, clustered by sample",
+}
+
+COMBINATION_COLUMNS = (
+    *_IDENTITY,
+    *KNOB_COLUMNS,
+    Column("theoretical_num_crops", _INT, "", "crops promised; null where it depends on the image"),
+    Column("theoretical_tiling", _STRING, "", "rows x columns promised; null where it depends on the image"),
+    Column("theoretical_vision_tokens", _INT, "token", "vision tokens promised; null where it depends on the image"),
+    Column("selected_crops_distribution", _STRING, "", 'JSON object: crops -> samples, e.g. {"4": 15, "6": 28}'),
+    Column("selected_crops_mean", _FLOAT, "", "mean of the crops selected per sample"),
+    Column("selected_crops_std", _FLOAT, "", "standard deviation of the same"),
+    Column("actual_num_crops_mean", _FLOAT, "", "mean of the crops counted in the tensors"),
+    Column("actual_vision_tokens_mean", _FLOAT, "token", "mean of the vision tokens counted in the prompt"),
+    Column("actual_vision_tokens_std", _FLOAT, "token", "standard deviation of the same"),
+    Column("token_utilization_mean", _FLOAT, "", "mean of actual / theoretical vision tokens"),
+    Column("aspect_mismatch_mean", _FLOAT, "", "mean over samples"),
+    Column("aspect_mismatch_p95", _FLOAT, "", "95th percentile over samples"),
+    Column("aspect_mismatch_p99", _FLOAT, "", "99th percentile over samples"),
+    Column("prompt_tokens_mean", _FLOAT, "token", "mean length of the prompt"),
+    Column("accuracy", _FLOAT, "", "mean score, 0 to 1; null if accuracy is off"),
+    Column("accuracy_se", _FLOAT, "", "standard error of accuracy, clustered by image"),
+    Column("metric", _STRING, "", "scorer and variant"),
+    Column("num_samples", _INT, "", "samples scored"),
+    Column("num_failed", _INT, "", "samples that failed, in either table"),
+    Column("output_tokens_mean", _FLOAT, "token", "mean length of the answers at natural length"),
+    *(
+        Column(f"{name}_{statistic}", _FLOAT, "ms", f"{name}: {meaning}")
+        for name in SUMMARISED
+        for statistic, meaning in STATISTICS.items()
+    ),
+    Column("num_timed", _INT, "", "valid timed rows behind the latency columns"),
+    Column("num_invalid", _INT, "", "timed rows left out as invalid"),
+    Column("residual_fraction", _FLOAT, "", "mean of residual_ms / total_ms"),
+    Column("peak_memory_bytes", _INT, "byte", "largest peak over rows; null on a CPU"),
+    Column("flops", _FLOAT, "FLOP", "mean floating-point operations of an answer; null where not counted"),
+    Column("kv_cache_bytes", _INT, "byte", "largest over rows"),
+    Column("energy_j", _FLOAT, "J", "energy of an answer; null where the device has no counter"),
+)
+
+TABLES: dict[str, tuple[Column, ...]] = {
+    "latency": LATENCY_COLUMNS,
+    "accuracy": ACCURACY_COLUMNS,
+    "combinations": COMBINATION_COLUMNS,
+    "tasks": TASK_COLUMNS,
+}
+
+
+def arrow_schema(table: str) -> pa.Schema:
+    """The Arrow schema of a table; each field carries its unit and meaning as metadata."""
+    return pa.schema(
+        [pa.field(c.name, c.type, metadata={"unit": c.unit, "meaning": c.meaning}) for c in TABLES[table]],
+        metadata={"schema_version": str(SCHEMA_VERSION)},
+    )
+
+
+def knob_columns(knobs: Knobs) -> dict[str, Any]:
+    """The knob columns of a row."""
+    vision = knobs.vision
+    return {
+        "vision_knob": vision.knob,
+        "vision_value": None if vision.value is None else str(vision.value),
+        "image_size": vision.value if vision.knob == "image_size" else None,
+        "tier": vision.value if vision.knob == "tier" else None,
+        "force_full_tokens": None,
+        "moe_top_k": knobs.moe_top_k,
+        "num_active_blocks": len(knobs.active_blocks),
+        "active_blocks": list(knobs.active_blocks),
+    }
+
+
+def to_table(table: str, rows: list[dict[str, Any]]) -> pa.Table:
+    """Rows as an Arrow table in the declared columns; a column that a row lacks is null.
+
+    Raises:
+        KeyError: a row has a column that the table does not declare.
+    """
+    schema = arrow_schema(table)
+    known = set(schema.names)
+    for row in rows:
+        if unknown := row.keys() - known:
+            raise KeyError(f"{table} has no column {', '.join(sorted(unknown))}")
+    return pa.Table.from_pylist([{name: row.get(name) for name in schema.names} for row in rows], schema=schema)

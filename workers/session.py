@@ -1,0 +1,287 @@
+"""A session: one loaded model, warm data sets, and `run`, which turns a task into rows. Knows nothing of Ray."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from knobs.errors import KnobError
+from knobs.vision import aspect_mismatch
+from workers.datasets import Dataset, DatasetSource, Sample, SampleRef
+from workers.errors import DatasetError, ModelError, RowMismatch, SampleError
+from workers.measure import Timing, time_answer
+from workers.models.adapter import Features, VisionLanguageModel
+from workers.models.loading import default_device, load_source
+from workers.models.processing import Inputs
+from workers.probes import Device, current_device
+from workers.schema import (
+    SCHEMA_VERSION,
+    STAGES,
+    FailureKind,
+    Kind,
+    ModelSource,
+    Status,
+    Task,
+    TaskResult,
+    knob_columns,
+    to_table,
+)
+from workers.scorers import scorer
+
+
+class Session:
+    """Holds one model at a time and changes it only when a task names another one."""
+
+    def __init__(self, name: str = "local", device: torch.device | None = None) -> None:
+        """
+        Args:
+            name: of the worker, as it stands in the rows.
+            device: where models are loaded; the first GPU, else the CPU, if None.
+        """
+        self.name = name
+        self.device = device or default_device()
+        self.found: Device = current_device()
+        self._source: ModelSource | None = None
+        self._vlm: VisionLanguageModel | None = None
+        self._datasets: dict[DatasetSource, Dataset] = {}
+
+    def run(self, task: Task) -> TaskResult:
+        """Rows of a task, or the reason why there are none; what goes wrong comes back as data."""
+        started = time.time()
+        try:
+            vlm = self._model(task.model)
+            dataset = self._dataset(task.dataset)
+            with vlm.knobs(moe_top_k=task.knobs.moe_top_k, active_blocks=task.knobs.active_blocks):
+                rows = (
+                    self._latency(task, vlm, dataset)
+                    if task.kind is Kind.LATENCY
+                    else self._accuracy(task, vlm, dataset)
+                )
+            return self._result(task, started, Status.DONE, rows=to_table(task.kind, rows))
+        except Exception as error:  # a worker must outlive whatever a task does to it; the kind decides what follows
+            return self._result(
+                task,
+                started,
+                Status.FAILED,
+                failure=_failure_kind(error),
+                reason=_reason(error),
+                traceback=traceback.format_exc(),
+            )
+
+    # -- what a task needs, kept warm -------------------------------------------------------------------------------
+
+    def _model(self, source: ModelSource) -> VisionLanguageModel:
+        if self._vlm is None or self._source != source:
+            self._vlm = self._source = None  # the old weights go before the new ones come
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._vlm = load_source(source, self.device)
+            self._source = source
+        return self._vlm
+
+    def _dataset(self, source: DatasetSource) -> Dataset:
+        if source not in self._datasets:
+            self._datasets[source] = Dataset.open(source)
+        return self._datasets[source]
+
+    # -- latency ----------------------------------------------------------------------------------------------------
+
+    def _latency(self, task: Task, vlm: VisionLanguageModel, dataset: Dataset) -> list[dict[str, Any]]:
+        """Warm-up of every sample, then rounds over all samples: a drift meets every sample alike."""
+        rows: list[dict[str, Any]] = []
+        usable: list[tuple[Sample, Any]] = []
+        for ref in task.samples:
+            try:
+                sample = _checked(dataset, ref)
+                image = sample.image()
+                for _ in range(task.protocol.warmup):
+                    self._time(task, vlm, sample, image)
+                usable.append((sample, image))
+            except SampleError as error:
+                rows.append(self._failed_row(task, vlm, ref, error))
+        for repeat in range(task.protocol.repeats):
+            for sample, image in usable:
+                begun = datetime.now(UTC)
+                timing = self._time(task, vlm, sample, image)
+                row = self._row(task, vlm, sample, image, timing.inputs, begun)
+                rows.append(row | {"repeat": repeat, "batch_size": task.protocol.batch_size} | _timing_columns(timing))
+        return rows
+
+    def _time(self, task: Task, vlm: VisionLanguageModel, sample: Sample, image: Any) -> Timing:
+        question = task.dataset.prompt_for(sample.question)
+        try:
+            return time_answer(vlm, [image], question, task.knobs.vision, task.protocol.max_new_tokens)
+        except ValueError as error:
+            # Image processors refuse an image (too narrow, say) with a plain ValueError.
+            raise SampleError(f"{sample.ref.uid}: {error}") from error
+
+    # -- accuracy ---------------------------------------------------------------------------------------------------
+
+    def _accuracy(self, task: Task, vlm: VisionLanguageModel, dataset: Dataset) -> list[dict[str, Any]]:
+        assert task.protocol.metric is not None
+        score = scorer(task.protocol.metric)
+        rows: list[dict[str, Any]] = []
+        for refs in _batches(task.samples, task.protocol.batch_size):
+            ready: list[tuple[Sample, dict[str, Any]]] = []
+            batch: list[tuple[Inputs, Features]] = []
+            for ref in refs:
+                begun = datetime.now(UTC)
+                try:
+                    sample = _checked(dataset, ref)
+                    image = sample.image()
+                    inputs, features = self._encode(task, vlm, sample, image)
+                except SampleError as error:
+                    rows.append(self._failed_row(task, vlm, ref, error) | {"metric": score.name})
+                    continue
+                batch.append((inputs, features))
+                ready.append((sample, self._row(task, vlm, sample, image, inputs, begun)))
+            answers = vlm.answer(batch, task.protocol.max_new_tokens) if batch else []
+            for (sample, row), tokens in zip(ready, answers, strict=True):
+                prediction = vlm.text(tokens)
+                rows.append(
+                    row
+                    | {
+                        "output_tokens": len(tokens),
+                        "stop_reason": "eos" if tokens and tokens[-1] in vlm.end_token_ids else "length",
+                        "question_type": sample.question_type,
+                        "prediction": prediction,
+                        "metric": score.name,
+                        "score": score.score(prediction, sample.answers),
+                    }
+                )
+        return rows
+
+    @torch.inference_mode()
+    def _encode(self, task: Task, vlm: VisionLanguageModel, sample: Sample, image: Any) -> tuple[Inputs, Features]:
+        question = task.dataset.prompt_for(sample.question)
+        try:
+            inputs = vlm.transfer(vlm.preprocess([image], question, task.knobs.vision))
+        except ValueError as error:
+            raise SampleError(f"{sample.ref.uid}: {error}") from error
+        return inputs, vlm.encode_images(inputs.vision)
+
+    # -- rows -------------------------------------------------------------------------------------------------------
+
+    def _row(
+        self, task: Task, vlm: VisionLanguageModel, sample: Sample, image: Any, inputs: Inputs, begun: datetime
+    ) -> dict[str, Any]:
+        layout = vlm.card.geometry.layout(image.height, image.width, task.knobs.vision)
+        promised = (
+            {}
+            if layout is None
+            else {
+                "theoretical_num_crops": layout.num_crops,
+                "theoretical_tiling": f"{layout.tiling[0]}x{layout.tiling[1]}",
+                "theoretical_vision_tokens": layout.vision_tokens,
+                "aspect_mismatch": aspect_mismatch(image.height, image.width, layout),
+                "target_resolution": f"{layout.target_height}x{layout.target_width}",
+            }
+        )
+        return (
+            self._identity(task, vlm)
+            | promised
+            | {
+                "sample_id": sample.ref.uid,
+                "image_id": sample.image_id,
+                "image_height": image.height,
+                "image_width": image.width,
+                "image_aspect": image.width / image.height,
+                "actual_num_crops": inputs.num_crops,
+                "actual_vision_tokens": inputs.num_vision_tokens,
+                "prompt_tokens": inputs.num_prompt_tokens,
+                "status": Status.DONE.value,
+                "started_at": begun,
+            }
+        )
+
+    def _failed_row(self, task: Task, vlm: VisionLanguageModel, ref: SampleRef, error: SampleError) -> dict[str, Any]:
+        return (
+            self._identity(task, vlm)
+            | {
+                "sample_id": ref.uid,
+                "status": Status.FAILED.value,
+                "error": str(error),
+                "started_at": datetime.now(UTC),
+            }
+            | ({"valid": False, "invalid_reasons": ["failed"]} if task.kind is Kind.LATENCY else {})
+        )
+
+    def _identity(self, task: Task, vlm: VisionLanguageModel) -> dict[str, Any]:
+        model = task.model
+        return knob_columns(task.knobs) | {
+            "sweep": task.sweep,
+            "combination_id": task.combination_id,
+            "task_id": task.task_id,
+            "revision": model.revision,
+            "device_name": self.found.name,
+            "split": task.dataset.split,
+            "dtype": model.dtype,
+            "attention": model.attention,
+            "experts": model.experts,
+            "engine": model.engine,
+            "schema_version": SCHEMA_VERSION,
+            "worker": self.name,
+        }
+
+    def _result(self, task: Task, started: float, status: Status, **outcome: Any) -> TaskResult:
+        found = {"worker": self.name, "host": self.found.host, "device_name": self.found.name}
+        return TaskResult(task.task_id, status, worker=found, started_at=started, finished_at=time.time(), **outcome)
+
+
+def _checked(dataset: Dataset, ref: SampleRef) -> Sample:
+    sample = dataset.sample(ref.uid)
+    if sample.ref.digest != ref.digest:
+        raise RowMismatch(f"{ref.uid} has changed since the sweep was planned; run the sweep again to plan anew")
+    return sample
+
+
+def _timing_columns(timing: Timing) -> dict[str, Any]:
+    stages = {name: getattr(timing, name) for name in STAGES}
+    return stages | {
+        "decode_step_ms": list(timing.decode_step_ms),
+        "ttft_ms": timing.ttft_ms,
+        "tpot_ms": timing.tpot_ms,
+        "total_ms": timing.total_ms,
+        "residual_ms": timing.residual_ms,
+        "output_tokens": timing.output_tokens,
+        "peak_memory_bytes": timing.peak_memory_bytes,
+        "kv_cache_bytes": timing.kv_cache_bytes,
+        "valid": True,
+        "invalid_reasons": [],
+    }
+
+
+def _batches(samples: Sequence[SampleRef], size: int) -> Iterator[Sequence[SampleRef]]:
+    for begin in range(0, len(samples), size):
+        yield samples[begin : begin + size]
+
+
+def _failure_kind(error: BaseException) -> FailureKind:
+    """The one place where an exception becomes a kind of failure."""
+    match error:
+        case torch.OutOfMemoryError() | MemoryError() | pa.ArrowMemoryError():
+            return FailureKind.OUT_OF_MEMORY
+        case torch.AcceleratorError():
+            return FailureKind.DEVICE_LOST
+        case ModelError():
+            return FailureKind.MODEL_LOAD
+        case DatasetError() | RowMismatch():
+            return FailureKind.BAD_DATASET
+        case KnobError():
+            return FailureKind.KNOB
+        case SampleError():
+            return FailureKind.BAD_SAMPLE
+        case _:
+            return FailureKind.ERROR
+
+
+def _reason(error: BaseException) -> str:
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    known = isinstance(error, ModelError | DatasetError | RowMismatch | KnobError | SampleError)
+    return first if known and first else f"{type(error).__name__}: {first}".rstrip(": ")
