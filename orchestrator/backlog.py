@@ -35,20 +35,21 @@ class Backlog:
     def next_for(self, accelerator: str, last: Task | None) -> Task | None:
         """The task for a free worker on this kind of device, given what it ran last; None if there is none for it.
 
-        Same group first, then the same model, then the group with the most tasks: the worker keeps what it has loaded
-        until that model's queue is empty. Tasks that only this kind of device can run go before those that any can.
+        The same model first, and in it the same group: the worker keeps what it has loaded until nothing is left for
+        it. Then tasks that only this kind of device can run, before those that any can; then the longest group.
         """
-        candidates = [(line, group) for line in (self._lines[accelerator], self._lines[None]) for group in line]
+        own = self._lines[accelerator]
+        candidates = [(line, group) for line in (own, self._lines[None]) for group in line]
         if not candidates:
             return None
-        if last is None:
-            line, group = max(candidates, key=lambda c: len(c[0][c[1]]))
-        else:
-            model, vision = _group(last)
-            line, group = max(
-                candidates,
-                key=lambda c: (c[1][0] == model, c[1] == (model, vision), len(c[0][c[1]])),
-            )
+        loaded = None if last is None else _group(last)
+
+        def preference(candidate: tuple[OrderedDict[Group, deque[Task]], Group]) -> tuple[bool, bool, bool, int]:
+            line, group = candidate
+            same_model = loaded is not None and group[0] == loaded[0]
+            return same_model, group == loaded, line is own, len(line[group])
+
+        line, group = max(candidates, key=preference)
         task = line[group].popleft()
         if not line[group]:
             del line[group]
@@ -64,12 +65,6 @@ class Backlog:
         for line in self._lines.values():
             for group in [group for group in line if group[0] == model]:
                 taken += line.pop(group)
-        return taken
-
-    def drain(self) -> list[Task]:
-        """Remove and return everything."""
-        taken = [task for line in self._lines.values() for queue in line.values() for task in queue]
-        self._lines.clear()
         return taken
 
 

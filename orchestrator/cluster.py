@@ -47,7 +47,7 @@ class Cluster:
 
     Attributes:
         address: of its head.
-        dashboard: URL of the Ray dashboard, or None.
+        dashboard: where the Ray dashboard is and how to enter, or None.
         gpus: number of GPUs by kind.
         cpus: number of cores of the nodes that are alive.
     """
@@ -74,7 +74,7 @@ def connect(address: str | None) -> Cluster:
     wanted = address or os.environ.get("RAY_ADDRESS") or "local"
     if wanted not in ("local", "auto"):
         _probe(wanted)
-    quiet = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "vlm-knobs"}
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         context = ray.init(wanted, include_dashboard=True, **quiet) if wanted == "local" else ray.init(wanted, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -87,7 +87,11 @@ def connect(address: str | None) -> Cluster:
             gpus[kind] = gpus.get(kind, 0) + int(node["Resources"].get("GPU", 0))
     cpus = int(sum(node["Resources"].get("CPU", 0) for node in nodes))
     dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else None
-    return Cluster(context.address_info["address"], dashboard, gpus, cpus)
+    if dashboard and wanted == "local" and os.environ.get("RAY_AUTH_MODE") != "disabled":
+        dashboard += " (asks for the token that `ray get-auth-token` prints)"  # Ray's default for local clusters
+    # A connection through Ray's client (ray://) knows only the address it was given.
+    place = getattr(context, "address_info", {}).get("address", wanted)
+    return Cluster(place, dashboard, gpus, cpus)
 
 
 def pools_for(sweep: Sweep, accelerators: Sequence[str], cluster: Cluster) -> list[Pool]:
@@ -109,7 +113,8 @@ def pools_for(sweep: Sweep, accelerators: Sequence[str], cluster: Cluster) -> li
             # Workers on the same cores disturb each other's timing, so there is one unless the sweep says otherwise.
             workers = entry.workers if entry is not None and isinstance(entry.workers, int) else 1
             workers = min(workers, cluster.cpus)
-            threads = max(1, cluster.cpus // workers)
+            # One core is left to the driver and to Ray: threads that wait for a core they share wait for each other.
+            threads = max(1, (cluster.cpus - 1) // workers)
         else:
             workers = min(entry.workers, there) if entry is not None and isinstance(entry.workers, int) else there
             threads = max(1, min(MOST_THREADS_PER_GPU, cluster.cpus // max(1, sum(cluster.gpus.values()))))
@@ -123,13 +128,17 @@ def pools_for(sweep: Sweep, accelerators: Sequence[str], cluster: Cluster) -> li
 def actor_options(pool: Pool, name: str) -> dict[str, Any]:
     """Options of the actor of one worker: a device of its own, and none of Ray's changes to how a process runs."""
     threads = str(pool.threads)
+    # Ray starts workers at nice 15 with one thread; both would be measured.
+    environment = {"RAY_worker_niceness": "0", "OMP_NUM_THREADS": threads}
+    if pool.accelerator == CPU:
+        # An actor that asks Ray for no GPU still sees those of its node.
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     options: dict[str, Any] = {
         "name": name,
         # Retrying is the driver's decision: Ray would run a task that kills its worker over and over.
         "max_restarts": 0,
         "max_task_retries": 0,
-        # Ray starts workers at nice 15 with one thread; both would be measured.
-        "runtime_env": {"env_vars": {"RAY_worker_niceness": "0", "OMP_NUM_THREADS": threads}},
+        "runtime_env": {"env_vars": environment},
     }
     if pool.accelerator == CPU:
         return options | {"num_cpus": pool.threads}

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from types import FrameType
+from typing import Any
 
 INTERRUPTED = 130
 
@@ -15,14 +16,21 @@ class Interruption:
 
     def __init__(self) -> None:
         self._asked = False
+        self._before: dict[int, Any] = {}
 
     def __call__(self) -> bool:
         return self._asked
 
     def listen(self) -> None:
         """Take over both signals. Ray installs handlers of its own when it starts, so this comes after."""
-        signal.signal(signal.SIGINT, self._handle)
-        signal.signal(signal.SIGTERM, self._handle)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._handle)
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._asked:

@@ -36,11 +36,15 @@ class PlannedModel:
 
 @dataclass(frozen=True)
 class PlannedDataset:
-    """A data set of the sweep: where it is, which samples were drawn, and the cap on answers."""
+    """A data set of the sweep: where it is, which samples were drawn, and the cap on answers.
+
+    `not_here` says why the samples are stand-ins, in a dry run of a data set that is not downloaded yet.
+    """
 
     source: DatasetSource
     samples: tuple[SampleRef, ...]
     max_new_tokens: int
+    not_here: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ class Plan:
     tasks: tuple[Task, ...]
     skips: tuple[Skip, ...]
     dropped: tuple[Dropped, ...]
+    accelerators: tuple[str, ...]
+    datasets: tuple[str, ...]
 
 
 @dataclass
@@ -111,7 +117,11 @@ def make_plan(
     tasks: dict[str, Task] = {}
     skips: list[Skip] = []
     dropped: list[Dropped] = []
+    # Entries that differ only in what they leave to a default, or in where the same files are, are one model.
+    distinct: dict[str, PlannedModel] = {}
     for model in models:
+        distinct.setdefault(digest(_model_identity(model.source)), model)
+    for model in distinct.values():
         points = expand(sweep, model.card)
         skips += points.skips
         dropped += points.dropped
@@ -122,7 +132,14 @@ def make_plan(
                     combination, its_tasks = _combine(sweep, model.source, knobs, pinned, dataset, accelerator)
                     combinations.append(combination)
                     tasks |= {task.task_id: task for task in its_tasks}
-    return Plan(tuple(combinations), tuple(tasks.values()), tuple(skips), tuple(dropped))
+    return Plan(
+        tuple(combinations),
+        tuple(tasks.values()),
+        tuple(skips),
+        tuple(dropped),
+        tuple(accelerators),
+        tuple(dataset.source.name for dataset in datasets),
+    )
 
 
 # -- expansion --------------------------------------------------------------------------------------------------------
@@ -264,12 +281,19 @@ def _task(
 
 
 def task_identity(task: Task) -> dict[str, Any]:
-    """Everything that decides the result of a task, and nothing else: not the place of a file, host, order or time."""
+    """Everything that decides the result of a task, and nothing else.
+
+    Not the place of a file, host, time or name of the sweep; of the accelerator only what is timed depends. The order
+    of the samples does count: it decides which of them share a batch, and with that the rounding of their answers.
+    """
+    columns = task.dataset.columns
     return {
         "protocol_version": PROTOCOL_VERSION,
         "kind": task.kind.value,
         "accelerator": task.accelerator,
         "samples": [[ref.uid, ref.digest] for ref in task.samples],
+        # What a sample contains is in its digest; which samples count as one cluster is not.
+        "groups": [columns.image_id, columns.question_type] if task.kind is Kind.ACCURACY else None,
         "prompt": task.dataset.prompt,
         "protocol": asdict(task.protocol),
         **_combination_identity(task.model, task.knobs, task.dataset),
@@ -277,9 +301,13 @@ def task_identity(task: Task) -> dict[str, Any]:
 
 
 def _combination_identity(model: ModelSource, knobs: Knobs, dataset: DatasetSource) -> dict[str, Any]:
+    return {"model": _model_identity(model), "knobs": asdict(knobs), "dataset": [dataset.name, dataset.split]}
+
+
+def _model_identity(model: ModelSource) -> dict[str, Any]:
     description = asdict(model)
     del description["place"]  # the same files elsewhere are the same model
-    return {"model": description, "knobs": asdict(knobs), "dataset": [dataset.name, dataset.split]}
+    return description
 
 
 def digest(value: Any) -> str:

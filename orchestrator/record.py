@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from orchestrator.analysis import aggregate
 from orchestrator.plan import Combination, Plan, Skip, digest
-from orchestrator.schedule import Outcome
 from orchestrator.spec import VISION_AXES, Sweep
 from orchestrator.store import Place, ResultStore
 from workers.schema import SCHEMA_VERSION, Kind, Status, Task, knob_columns, to_table
+
+if TYPE_CHECKING:
+    from orchestrator.schedule import Outcome
 
 
 class Recorder:
@@ -28,26 +30,24 @@ class Recorder:
         self._store = store
         self._sweep = sweep
         self._plan = plan
-        self._accelerators = list(dict.fromkeys(c.accelerator for c in plan.combinations))
+        self._tasks = {task.task_id: task for task in plan.tasks}
         self._combinations_of: dict[str, list[Combination]] = defaultdict(list)
         for combination in plan.combinations:
             for task_id in _tasks_of(combination):
                 self._combinations_of[task_id].append(combination)
-        ids = {task.task_id for task in plan.tasks}
-        self.done = ids & (store.finished(Kind.LATENCY) | store.finished(Kind.ACCURACY))
-        self.failed = set() if retry_failed else self._failed_before(ids - self.done)
+        self.done = self._tasks.keys() & (store.finished(Kind.LATENCY) | store.finished(Kind.ACCURACY))
+        self.failed = set() if retry_failed else {t for t in self._tasks.keys() - self.done if self._failed_before(t)}
 
     def todo(self) -> list[Task]:
-        """Tasks that have not ended, the device-bound ones of each model first."""
+        """Tasks that have not ended, in the order of the plan."""
         return [t for t in self._plan.tasks if t.task_id not in self.done and t.task_id not in self.failed]
 
     def catch_up(self) -> None:
         """Write what a killed run may have left out: skips, rows of finished tasks, rows of complete combinations."""
         for skip in self._plan.skips:
             self._record_skip(skip)
-        recorded = self._store.finished("tasks")
         for task in self._plan.tasks:
-            if task.task_id in self.done and task.task_id not in recorded:
+            if task.task_id in self.done and self._store.stamp("tasks", task.task_id) != Status.DONE:
                 self._record_recovered(task)
         for combination in self._plan.combinations:
             self._aggregate(combination)
@@ -62,11 +62,12 @@ class Recorder:
         place = Place(task.model.name, outcome.accelerator, task.dataset.name)
         if result.status is Status.DONE:
             assert result.rows is not None
-            self._store.commit(task.kind, place, task.task_id, result.rows)
+            # Measured again, a task has the same id but other numbers; when it was run tells the two apart.
+            self._store.commit(task.kind, place, task.task_id, result.rows, stamp=repr(result.started_at))
             self.done.add(task.task_id)
         else:
             self.failed.add(task.task_id)
-        self._store.commit("tasks", place, task.task_id, to_table("tasks", [_task_row(outcome)]))
+        self._record_task(place, task, _task_row(outcome))
         for combination in self._combinations_of[task.task_id]:
             self._aggregate(combination)
 
@@ -76,15 +77,17 @@ class Recorder:
         """Write the row of a combination whose tasks have all ended, unless it is there and made of the same parts."""
         tasks = _tasks_of(combination)
         done = [task_id for task_id in tasks if task_id in self.done]
-        if not done or len(done) + sum(task_id in self.failed for task_id in tasks) < len(tasks):
+        failed = [task_id for task_id in tasks if task_id in self.failed]
+        if not done or len(done) + len(failed) < len(tasks):
             return
         place = Place(combination.model.name, combination.accelerator, combination.dataset.name)
-        stamp = digest(sorted(done))
-        if self._store.stamp("combinations", place, combination.combination_id) == stamp:
+        stamp = digest({"done": [[task_id, self._part_stamp(task_id)] for task_id in done], "failed": failed})
+        if self._store.stamp("combinations", combination.combination_id, place) == stamp:
             return
         latency = self._store.rows(Kind.LATENCY, combination.latency_tasks)
         accuracy = self._store.rows(Kind.ACCURACY, combination.accuracy_tasks)
-        row = self._identity(combination) | aggregate(latency, accuracy)
+        lost = {ref.uid for task_id in failed for ref in self._tasks[task_id].samples}
+        row = self._identity(combination) | aggregate(latency, accuracy, lost)
         self._store.commit(
             "combinations", place, combination.combination_id, to_table("combinations", [row]), stamp=stamp
         )
@@ -117,17 +120,28 @@ class Recorder:
 
     # -- tasks ------------------------------------------------------------------------------------------------------
 
-    def _failed_before(self, ids: set[str]) -> set[str]:
-        rows = self._store.rows("tasks", ids)
-        return set(rows.loc[rows["status"] == Status.FAILED.value, "task_id"])
+    def _part_stamp(self, task_id: str) -> str | None:
+        return self._store.stamp(self._tasks[task_id].kind, task_id)
+
+    def _failed_before(self, task_id: str) -> bool:
+        return self._store.stamp("tasks", task_id) == Status.FAILED
+
+    def _record_task(self, place: Place, task: Task, row: dict[str, Any]) -> None:
+        # How it ended is kept as the stamp too, so that a rerun need not open every part.
+        self._store.commit("tasks", place, task.task_id, to_table("tasks", [row]), stamp=row["status"])
 
     def _record_skip(self, skip: Skip) -> None:
+        """A row per kind of device and data set, unless it is there with the same reason."""
         row = {"sweep": self._sweep.name, "status": Status.SKIPPED.value, "reason": skip.reason}
-        for accelerator in self._accelerators or ["none"]:
-            for dataset in dict.fromkeys(entry.name for entry in self._sweep.datasets):
+        stamp = f"{Status.SKIPPED.value}: {skip.reason}"
+        for accelerator in self._plan.accelerators:
+            for dataset in self._plan.datasets:
                 name = digest({"skip": [skip.model, accelerator, dataset, {k: str(v) for k, v in skip.point.items()}]})
+                if self._store.stamp("tasks", name) == stamp:
+                    continue
                 row |= {"task_id": name, **_requested_knobs(skip.point)}
-                self._store.commit("tasks", Place(skip.model, accelerator, dataset), name, to_table("tasks", [row]))
+                place = Place(skip.model, accelerator, dataset)
+                self._store.commit("tasks", place, name, to_table("tasks", [row]), stamp=stamp)
 
     def _record_recovered(self, task: Task) -> None:
         """A run died between the part and its task row; what the part says is still known, its times are not."""
@@ -140,12 +154,17 @@ class Recorder:
             "device_name": rows["device_name"].iloc[0],
             "started_at": rows["started_at"].min(),
         }
-        self._store.commit("tasks", place, task.task_id, to_table("tasks", [row]))
+        self._record_task(place, task, row)
 
     def results(self) -> pd.DataFrame:
         """The rows of this plan's combinations."""
         rows = self._store.rows("combinations", dict.fromkeys(c.combination_id for c in self._plan.combinations))
-        return rows[rows["accelerator"].isin(self._accelerators)]
+        return rows[rows["accelerator"].isin(self._plan.accelerators)]
+
+    def failed_rows(self) -> int:
+        """How many rows of single samples failed inside tasks that are done."""
+        rows = self._store.rows("tasks", sorted(self.done))
+        return int(rows["num_failed_rows"].fillna(0).sum())
 
     def failures(self) -> pd.DataFrame:
         """The task rows of what failed."""

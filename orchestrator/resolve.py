@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from orchestrator.plan import PlannedDataset, PlannedModel
 from orchestrator.spec import DatasetEntry, ModelEntry, Problem, SpecError, Sweep
-from workers.datasets import Dataset, Preset, presets, resolve_source
-from workers.errors import DatasetError, ModelError
+from workers.datasets import Dataset, Preset, SampleRef, presets, resolve_source
+from workers.errors import DatasetError, ModelError, NotDownloaded
 from workers.models import ModelCard, describe
 from workers.probes import CPU
 from workers.schema import ModelSource
@@ -24,6 +26,9 @@ def refuse_unavailable(sweep: Sweep) -> None:
         SpecError: with one line per such key.
     """
     problems: list[Problem] = []
+    for key in ("scores", "samples", "keep"):
+        if sweep.block_selection.method == "prefix" and getattr(sweep.block_selection, key) is not None:
+            problems.append(sweep.problem(f"block_selection.{key}", "is not used by method prefix; leave it out"))
     if sweep.block_selection.method != "prefix":
         problems.append(
             sweep.problem(
@@ -42,10 +47,39 @@ def refuse_unavailable(sweep: Sweep) -> None:
             problems.append(
                 sweep.problem("latency.max_relative_error", "is not available yet, every sample gets all repeats")
             )
+    kinds: list[str] = []
+    for i, entry in enumerate(sweep.hardware or ()):
+        if entry.accelerator.lower() in kinds:
+            problems.append(
+                sweep.problem(f"hardware[{i}]", f"{entry.accelerator} of another memory size is not available yet")
+            )
+        kinds.append(entry.accelerator.lower())
     if "://" in sweep.results:
         problems.append(sweep.problem("results", "only local folders are available yet"))
     if problems:
         raise SpecError(problems)
+
+
+def resolve(sweep: Sweep, *, offline: bool) -> tuple[list[ModelCard], list[PlannedDataset]]:
+    """The models and the data sets of a sweep; see the two functions below.
+
+    Raises:
+        SpecError: with everything that cannot be found, of both.
+    """
+    problems: list[Problem] = []
+    cards: list[ModelCard] = []
+    datasets: list[PlannedDataset] = []
+    try:
+        cards = resolve_models(sweep, offline=offline)
+    except SpecError as error:
+        problems += error.problems
+    try:
+        datasets = resolve_datasets(sweep, offline=offline)
+    except SpecError as error:
+        problems += error.problems
+    if problems:
+        raise SpecError(problems)
+    return cards, datasets
 
 
 def resolve_models(sweep: Sweep, *, offline: bool) -> list[ModelCard]:
@@ -57,7 +91,7 @@ def resolve_models(sweep: Sweep, *, offline: bool) -> list[ModelCard]:
     Raises:
         SpecError: a model that cannot be found or described.
     """
-    cards: list[ModelCard] = []
+    cards: dict[ModelEntry, ModelCard] = {}
     problems: list[Problem] = []
     for i, entry in enumerate(sweep.models):
         try:
@@ -72,10 +106,16 @@ def resolve_models(sweep: Sweep, *, offline: bool) -> list[ModelCard]:
         except ModelError as error:
             problems.append(sweep.problem(f"models[{i}]", str(error)))
             continue
-        cards.append(card)
+        if "weights" in entry.model_fields_set and entry.weights == "checkpoint" and card.fingerprint[:6] == "random":
+            what = f"{entry.name} has no checkpoint, it exists with random weights only"
+            problems.append(sweep.problem(f"models[{i}].weights", what))
+        card = replace(card, name=_label(entry, card))
+        if reason := _refuse_name(card.name, "checkpoint") or _refuse_shared_label(card, entry, cards.items()):
+            problems.append(sweep.problem(f"models[{i}]", reason))
+        cards[entry] = card
     if problems:
         raise SpecError(problems)
-    return cards
+    return list(cards.values())
 
 
 def planned_models(sweep: Sweep, cards: Sequence[ModelCard], accelerators: Sequence[str]) -> list[PlannedModel]:
@@ -84,8 +124,12 @@ def planned_models(sweep: Sweep, cards: Sequence[ModelCard], accelerators: Seque
     return [PlannedModel(card, _source(entry, card, accelerators)) for entry, card in pairs]
 
 
-def resolve_datasets(sweep: Sweep) -> list[PlannedDataset]:
+def resolve_datasets(sweep: Sweep, *, offline: bool = False) -> list[PlannedDataset]:
     """The data sets of a sweep with the samples that are drawn from them.
+
+    Args:
+        offline: never ask the network; a hub data set that is not here gets stand-ins for its samples, so that the
+            plan has the right size but nothing of it can be recognised as done.
 
     Raises:
         SpecError: a data set that cannot be found or read.
@@ -95,9 +139,19 @@ def resolve_datasets(sweep: Sweep) -> list[PlannedDataset]:
     known = presets()
     for i, entry in enumerate(sweep.datasets):
         try:
-            found.append(_dataset(entry, _folder_of(sweep), known))
+            dataset = _dataset(entry, _folder_of(sweep), known, offline)
         except DatasetError as error:
             problems.append(sweep.problem(f"datasets[{i}]", str(error)))
+            continue
+        name = dataset.source.name
+        if reason := _refuse_name(name, "path"):
+            problems.append(sweep.problem(f"datasets[{i}]", reason))
+        elif any(other.source.name == name for other in found):
+            what = (
+                f"would be called {name} in the results, like an earlier one; write {{name: another name, path: ...}}"
+            )
+            problems.append(sweep.problem(f"datasets[{i}]", what))
+        found.append(dataset)
     if problems:
         raise SpecError(problems)
     return found
@@ -111,12 +165,41 @@ def accelerators_wanted(sweep: Sweep, present: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(present)) or [CPU]
 
 
+def _label(entry: ModelEntry, card: ModelCard) -> str:
+    """What a model is called in results: a folder that serves as its name by its own name, wherever it lies."""
+    folder = card.checkpoint.folder
+    return folder.name or entry.name if folder is not None and entry.checkpoint is None else entry.name
+
+
+def _refuse_shared_label(
+    card: ModelCard, entry: ModelEntry, earlier: Iterable[tuple[ModelEntry, ModelCard]]
+) -> str | None:
+    """Two folders of one name would be mixed up in results; a name that the sweep itself gives to both is meant."""
+    for other_entry, other in earlier:
+        shortened = card.name != entry.name or other.name != other_entry.name
+        if card.name == other.name and shortened and card.checkpoint.folder != other.checkpoint.folder:
+            return (
+                f"would be called {card.name} in the results, like {other_entry.name}; "
+                f"write {{name: another name, checkpoint: {entry.checkpoint or entry.name}}}"
+            )
+    return None
+
+
+def _refuse_name(name: str, key: str) -> str | None:
+    if re.fullmatch(r"[-+]?[0-9]+", name):
+        return (
+            f"{name} would be the name of a folder of the results that readers of Parquet take for a number; "
+            f"write {{name: another name, {key}: ...}}"
+        )
+    return None
+
+
 def _source(entry: ModelEntry, card: ModelCard, accelerators: Sequence[str]) -> ModelSource:
     # One data type for the whole sweep, so that its combinations can be compared across devices.
     on_gpu = any(kind != CPU for kind in accelerators)
     located = card.checkpoint
     return ModelSource(
-        name=entry.name,
+        name=card.name,
         family=card.family.name,
         place=str(located.folder or located.hub_id or entry.checkpoint or entry.name),
         revision=located.revision or (card.fingerprint if located.folder and entry.weights != "random" else None),
@@ -129,7 +212,7 @@ def _source(entry: ModelEntry, card: ModelCard, accelerators: Sequence[str]) -> 
     )
 
 
-def _dataset(entry: DatasetEntry, folder: Path, known: Mapping[str, Preset]) -> PlannedDataset:
+def _dataset(entry: DatasetEntry, folder: Path, known: Mapping[str, Preset], offline: bool) -> PlannedDataset:
     source = resolve_source(
         name=entry.name,
         split=entry.split,
@@ -142,9 +225,13 @@ def _dataset(entry: DatasetEntry, folder: Path, known: Mapping[str, Preset]) -> 
         prompt=entry.prompt,
         base_folder=folder,
     )
-    samples = tuple(Dataset.open(source).select(entry.samples, entry.seed))
     preset = known.get(entry.name)
     cap = entry.max_new_tokens or (preset.max_new_tokens if preset else DEFAULT_MAX_NEW_TOKENS)
+    try:
+        samples = tuple(Dataset.open(source, offline=offline).select(entry.samples, entry.seed))
+    except NotDownloaded as error:
+        stand_ins = tuple(SampleRef(f"{source.name}:{source.split}:?{i}", "?") for i in range(entry.samples or 1))
+        return PlannedDataset(source, stand_ins, cap, not_here=str(error))
     return PlannedDataset(source, samples, cap)
 
 

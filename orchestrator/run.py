@@ -9,14 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.plan import Plan, make_plan
-from orchestrator.resolve import (
-    accelerators_wanted,
-    planned_models,
-    refuse_unavailable,
-    resolve_datasets,
-    resolve_models,
-)
+from orchestrator.plan import make_plan
+from orchestrator.resolve import accelerators_wanted, planned_models, refuse_unavailable, resolve
 from orchestrator.spec import SpecError, Sweep, load_sweep
 from orchestrator.store import ResultStore, StoreError, read_finished, results_folder
 from orchestrator.summary import print_combinations, print_failures, print_place, print_plan, print_results
@@ -26,6 +20,7 @@ if TYPE_CHECKING:
     from orchestrator.record import Recorder
 
 DONE, SOME_FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+READER_GONE = 141  # what a shell reports of a program whose reader, such as `head`, has closed the pipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,13 +42,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return WRONG
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would complain once more
+        return READER_GONE
 
 
 def dry_run(sweep: Sweep, root: Path) -> int:
     """Show what a run would do, without torch, Ray, weights or network."""
     accelerators = accelerators_wanted(sweep, local_accelerators())
-    plan = _plan(sweep, accelerators, offline=True)
+    cards, datasets = resolve(sweep, offline=True)
+    plan = make_plan(sweep, planned_models(sweep, cards, accelerators), datasets, accelerators)
     done, failed = read_finished(root, [task.task_id for task in plan.tasks])
+    for dataset in datasets:
+        if dataset.not_here:
+            print(f"note: {dataset.not_here}, so this run cannot tell what is done of it")
     print_plan(plan, accelerators, done, failed)
     print_combinations(plan)
     return DONE
@@ -70,11 +72,10 @@ def run(sweep: Sweep, root: Path, address: str | None, retry_failed: bool) -> in
     from orchestrator.record import Recorder
     from orchestrator.schedule import Scheduler
 
+    cards, datasets = resolve(sweep, offline=False)
     store = ResultStore.open(root, sweep.name)
     interruption = Interruption()
     try:
-        cards = resolve_models(sweep, offline=False)
-        datasets = resolve_datasets(sweep)
         cluster = connect(address)
         interruption.listen()
         accelerators = accelerators_wanted(sweep, list(cluster.gpus))
@@ -86,7 +87,7 @@ def run(sweep: Sweep, root: Path, address: str | None, retry_failed: bool) -> in
         recorder.catch_up()
         with ProgressReport(len(plan.tasks), len(recorder.done)) as progress:
             for warning in store.warnings:
-                progress.say(warning)
+                progress.say(f"warning: {warning}")
             for outcome in Scheduler(pools, interruption).run(recorder.todo()):
                 recorder.commit(outcome)
                 progress.ended(outcome)
@@ -96,26 +97,22 @@ def run(sweep: Sweep, root: Path, address: str | None, retry_failed: bool) -> in
         return WRONG
     finally:
         ray.shutdown()
+        interruption.restore()
         store.close()
-
-
-def _plan(sweep: Sweep, accelerators: Sequence[str], *, offline: bool) -> Plan:
-    cards = resolve_models(sweep, offline=offline)
-    return make_plan(sweep, planned_models(sweep, cards, accelerators), resolve_datasets(sweep), accelerators)
 
 
 def _conclude(recorder: Recorder, total: int, root: Path, *, interrupted: bool) -> int:
     results, failures = recorder.results(), recorder.failures()
-    failed_samples = int(results["num_failed"].sum())
+    failed_rows = recorder.failed_rows()
     if len(results):
         print_results(results)
-    print_failures(failures, failed_samples)
+    print_failures(failures, failed_rows)
     if interrupted:
         print(f"interrupted: {len(recorder.done)} of {total} tasks are done; the same command goes on from there")
     print_place(root)
     if interrupted:
         return INTERRUPTED
-    return SOME_FAILED if len(failures) or failed_samples else DONE
+    return SOME_FAILED if len(failures) or failed_rows else DONE
 
 
 def _parser() -> argparse.ArgumentParser:

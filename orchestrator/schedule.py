@@ -61,6 +61,7 @@ class Slot:
     up: bool = False
     given: deque[tuple[Any, Task]] = field(default_factory=deque)
     last: Task | None = None
+    starts: int = 0
     failed_starts: int = 0
     not_before: float = 0.0
     retired: str | None = None
@@ -222,7 +223,10 @@ class Scheduler:
 
 
 def _start(slot: Slot) -> None:
-    slot.actor = ray.remote(Worker).options(**actor_options(slot.pool, slot.name)).remote(slot.name)
+    slot.starts += 1
+    # Ray frees the name of a dead actor a moment after its death, so a successor needs one of its own.
+    ray_name = slot.name if slot.starts == 1 else f"{slot.name}-start-{slot.starts}"
+    slot.actor = ray.remote(Worker).options(**actor_options(slot.pool, ray_name)).remote(slot.name)
     slot.ready = slot.actor.ready.remote()
 
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,20 +35,27 @@ FORMAT = "vlm-knobs results"
 MARKER = "sweep.json"
 SET_ASIDE = "set-aside"
 
+# The one table whose parts bear the same name in several places: a combination has a row per kind of device. In every
+# other table a name has one part, wherever it was measured.
+PART_PER_PLACE = "combinations"
+
 
 def results_folder(results: str, sweep: str, *, root: str | None, in_job: bool) -> Path:
     """The absolute folder of a sweep's results.
 
     Args:
         results: folder as the sweep or the command line has it.
-        root: --results-root; what a relative folder is resolved against inside a Ray job.
+        root: --results-root; what a relative folder is resolved against, by default the current folder.
         in_job: whether this is the entry point of a Ray job.
 
     Inside a job the current folder is a copy that Ray throws away, so a relative folder is resolved against `root`,
-    else the variable SWEEP_RESULTS_ROOT, else the home folder of the head.
+    else the variable SWEEP_RESULTS_ROOT, else the home folder of the head; a root that is relative itself is resolved
+    against the home folder.
     """
-    base = Path(root or os.environ.get(ROOT_VARIABLE) or Path.home()) if in_job else Path(root or Path.cwd())
-    return (base / Path(results).expanduser() / sweep).absolute()
+    start = Path.home() if in_job else Path.cwd()
+    named = root or (os.environ.get(ROOT_VARIABLE) if in_job else None)
+    base = start / Path(named or "").expanduser()
+    return base / Path(results).expanduser() / sweep
 
 
 class StoreError(Exception):
@@ -84,8 +92,8 @@ class ResultStore:
         Raises:
             StoreError: the folder is something else, cannot be written, or another run is writing to it.
         """
-        _check_is_ours(root, sweep)
         try:
+            _check_is_ours(root, sweep)
             root.mkdir(parents=True, exist_ok=True)
             lock = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
@@ -96,10 +104,14 @@ class ResultStore:
             os.close(lock)
             raise StoreError(f"{root}: another run is writing here; wait for it or choose another folder") from None
         store = cls(root, lock)
-        store._sweep_leftovers()
-        if not (root / MARKER).exists():
-            content = {"format": FORMAT, "sweep": sweep, "schema_version": SCHEMA_VERSION}
-            _replace(root / MARKER, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+        try:
+            store._sweep_leftovers()
+            if not (root / MARKER).exists():
+                content = {"format": FORMAT, "sweep": sweep, "schema_version": SCHEMA_VERSION}
+                _replace(root / MARKER, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+        except StoreError:
+            store.close()
+            raise
         return store
 
     def close(self) -> None:
@@ -111,8 +123,11 @@ class ResultStore:
     def commit(self, table: str, place: Place, name: str, rows: pa.Table, stamp: str = "") -> None:
         """Write `rows` as the part `name` of a table, whole or not at all; an earlier part of that name is replaced.
 
+        An earlier part is replaced wherever it is, because a retry may land on another kind of device; only
+        `combinations` keeps one per place.
+
         Args:
-            stamp: kept with the part and given back by `stamp`, to tell what a derived part was made from.
+            stamp: kept with the part and given back by `stamp`: how a task ended, or what a row was made from.
 
         Raises:
             StoreError: the folder cannot be written; what was committed before stays.
@@ -120,18 +135,24 @@ class ResultStore:
         metadata = {"name": name, "stamp": stamp, "schema_version": str(SCHEMA_VERSION)}
         stamped = rows.replace_schema_metadata({**(rows.schema.metadata or {}), **metadata})
         path = self._path(table, place, name)
+        parts = self._index(table).setdefault(name, {})
         _replace(path, lambda temporary: pq.write_table(stamped, temporary))
-        self._index(table).setdefault(name, {})[path] = stamp
+        if table != PART_PER_PLACE:
+            for earlier in parts.keys() - {path}:
+                earlier.unlink(missing_ok=True)
+                del parts[earlier]
+        parts[path] = stamp
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
     def finished(self, table: str) -> set[str]:
         """Names of the parts of a table that are whole; a damaged or foreign file is set aside and is missing."""
-        return set(self._index(table))
+        return {name for name, parts in self._index(table).items() if parts}
 
-    def stamp(self, table: str, place: Place, name: str) -> str | None:
-        """The stamp of a part, or None if there is no such part."""
-        return self._index(table).get(name, {}).get(self._path(table, place, name))
+    def stamp(self, table: str, name: str, place: Place | None = None) -> str | None:
+        """The stamp of a part, or None if there is no such part; `place` is needed where a name has several."""
+        parts = self._index(table).get(name, {})
+        return next(iter(parts.values()), None) if place is None else parts.get(self._path(table, place, name))
 
     def rows(self, table: str, names: Iterable[str]) -> pd.DataFrame:
         """The rows of some parts, wherever they are, with the partition columns; missing parts are left out."""
@@ -148,35 +169,54 @@ class ResultStore:
         if table not in self._indexes:
             index: dict[str, dict[Path, str]] = {}
             for path in _parts(self.root, table):
-                stamp = self._inspect(path)
-                if stamp is not None:
-                    index.setdefault(path.stem, {})[path] = stamp
+                try:
+                    stamp = _stamp(path)
+                except _Untrusted as error:
+                    self._set_aside(path, f"{error}; what it held is made again")
+                    continue
+                index.setdefault(path.stem, {})[path] = stamp
+            if table != PART_PER_PLACE:
+                self._keep_newest(index)
             self._indexes[table] = index
         return self._indexes[table]
 
-    def _inspect(self, path: Path) -> str | None:
-        """The stamp of a part, or None after setting aside what is no part."""
-        try:
-            metadata = pq.read_metadata(path).metadata or {}
-        except (pa.ArrowException, OSError) as error:
-            self._set_aside(path, f"is damaged ({str(error).splitlines()[0]})")
-            return None
-        if metadata.get(b"name", b"").decode() != path.stem:
-            self._set_aside(path, "was not written by a sweep under this name")
-            return None
-        return str(metadata.get(b"stamp", b"").decode())
+    def _keep_newest(self, index: dict[str, dict[Path, str]]) -> None:
+        """A run that died between writing a retried part and removing the earlier one left both."""
+        for parts in index.values():
+            newest = max(parts, key=lambda path: path.stat().st_mtime_ns)
+            for path in parts.keys() - {newest}:
+                self._set_aside(path, f"is an earlier copy of {newest}")
+                del parts[path]
 
     def _set_aside(self, path: Path, why: str) -> None:
         target = self.root / SET_ASIDE / path.relative_to(self.root)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, target)
-        self.warnings.append(f"{path} {why}: moved to {target}; what it held is measured again")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+        except OSError as error:
+            raise StoreError(f"{path} {why}, but it cannot be moved away ({_cause(error)}); remove it") from None
+        self.warnings.append(f"{path} {why} (moved to {target})")
 
     def _sweep_leftovers(self) -> None:
         """Remove half-written files of a run that was killed; only the holder of the lock writes, so none is in use."""
-        for table in TABLES:
-            for path in (self.root / table).rglob(".*.tmp"):
-                path.unlink()
+        for folder in (self.root.glob, *((self.root / table).rglob for table in TABLES)):
+            for path in folder(".*.tmp"):
+                path.unlink(missing_ok=True)
+
+
+class _Untrusted(Exception):
+    """A file in a table that is no part of it; says why."""
+
+
+def _stamp(path: Path) -> str:
+    """The stamp of a part. Raises _Untrusted for a file that is damaged, or that the store did not write as such."""
+    try:
+        metadata = pq.read_metadata(path).metadata or {}
+    except (pa.ArrowException, OSError) as error:
+        raise _Untrusted(f"is damaged ({_cause(error)})") from None
+    if metadata.get(b"name") != path.stem.encode():
+        raise _Untrusted("was not written by a sweep under this name")
+    return str(metadata.get(b"stamp", b"").decode())
 
 
 def _parts(root: Path, table: str) -> list[Path]:
@@ -192,9 +232,18 @@ def read_table(root: Path, table: str) -> pd.DataFrame:
 def read_finished(root: Path, task_ids: Iterable[str]) -> tuple[set[str], set[str]]:
     """Which tasks are done and which failed, as the folder says, without opening it for writing."""
     wanted = set(task_ids)
-    done = wanted & {path.stem for table in ("latency", "accuracy") for path in _parts(root, table)}
-    rows = _read([path for path in _parts(root, "tasks") if path.stem in wanted - done], "tasks")
+    done = wanted & {path.stem for table in ("latency", "accuracy") for path in _trusted(root, table)}
+    rows = _read([path for path in _trusted(root, "tasks") if path.stem in wanted - done], "tasks")
     return done, set(rows.loc[rows["status"] == "failed", "task_id"])
+
+
+def _trusted(root: Path, table: str) -> Iterator[Path]:
+    for path in _parts(root, table):
+        try:
+            _stamp(path)
+        except _Untrusted:
+            continue
+        yield path
 
 
 def _check_is_ours(root: Path, sweep: str) -> None:
@@ -204,7 +253,8 @@ def _check_is_ours(root: Path, sweep: str) -> None:
         raise StoreError(f"{root}: is a file, not a folder; choose another with --results")
     marker = root / MARKER
     if not marker.exists():
-        strangers = sorted(p.name for p in root.iterdir() if p.name != ".lock")
+        # The lock, and what a run leaves that is killed while it writes the marker.
+        strangers = sorted(p.name for p in root.iterdir() if p.name != ".lock" and not p.match(f".{MARKER}.*.tmp"))
         if strangers:
             raise StoreError(
                 f"{root}: is not a result folder of this tool (no {MARKER}; it holds {', '.join(strangers[:3])}); "
@@ -231,7 +281,11 @@ def _read(paths: list[Path], table: str) -> pd.DataFrame:
     schema = arrow_schema(table)
     frames: list[pa.Table] = []
     for path in paths:
-        part = pq.read_table(path, schema=schema, partitioning=None)
+        try:
+            part = pq.read_table(path, schema=schema, partitioning=None)
+        except (pa.ArrowException, OSError) as error:
+            # The index reads the end of every file only; damage further up shows here.
+            raise StoreError(f"{path}: cannot be read ({_cause(error)}); remove it and run the sweep again") from None
         for column, folder in zip(reversed(PARTITIONS), path.parents, strict=False):
             value = unquote(folder.name.removeprefix(f"{column.name}="))
             part = part.add_column(0, column.name, pa.array([value] * len(part), pa.string()))
@@ -245,18 +299,26 @@ def _read(paths: list[Path], table: str) -> pd.DataFrame:
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """Write beside the target, flush to disk, and rename: a reader sees the old file, or the new one whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StoreError(f"{path.parent}: cannot be written ({error.strerror}); nothing committed is lost") from error
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        with suppress(OSError):
+            temporary.unlink()
+        raise StoreError(f"{path.parent}: cannot be written ({_cause(error)}); nothing committed is lost") from error
+
+
+def _cause(error: Exception) -> str:
+    """The first line of what went wrong; pyarrow's own errors carry a number, but no words, of the system."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno)
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +49,15 @@ def print_combinations(plan: Plan) -> None:
         print(
             f"  {combination.combination_id[:8]} {combination.model.name} {combination.accelerator} "
             f"{combination.dataset.name}: {knobs.vision}{width} "
-            f"active_blocks={len(knobs.active_blocks)} {list(knobs.active_blocks)}"
+            f"active_blocks={len(knobs.active_blocks)} [{_ranges(knobs.active_blocks)}]"
         )
 
 
 def print_results(rows: pd.DataFrame) -> None:
-    """The table of knob combinations; accuracy with its standard error, times as median milliseconds."""
+    """The table of knob combinations: accuracy with its standard error, medians of the stages, the mean total."""
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH_OF_LOGS)
     several = [name for name in ("accelerator", "dataset") if rows[name].nunique() > 1]
-    table = Table(title=None, header_style="bold")
+    table = Table(header_style="bold", caption="times in ms; accuracy ± standard error", caption_justify="left")
     for name in ("model", *several, "vision knob"):
         table.add_column(name, overflow="fold")
     for name in (
@@ -69,10 +69,10 @@ def print_results(rows: pd.DataFrame) -> None:
         "prefill",
         "TTFT",
         "TPOT",
-        "total ms ± 95 %",
+        "total, mean ± 95 %",
     ):
         table.add_column(name, justify="right")
-    order = ["model", *several, "total_ms_p50", "accuracy"]
+    order = ["model", *several, "total_ms_mean", "accuracy"]
     for _, row in rows.sort_values(order, na_position="last").iterrows():
         value = row["vision_knob"] if pd.isna(row["vision_value"]) else f"{row['vision_knob']} {row['vision_value']}"
         table.add_row(
@@ -87,12 +87,12 @@ def print_results(rows: pd.DataFrame) -> None:
             _number(row["prefill_ms_p50"], 1),
             _number(row["ttft_ms_p50"], 1),
             _number(row["tpot_ms_p50"], 2),
-            _with_error(row["total_ms_p50"], row["total_ms_ci95"], 1),
+            _with_error(row["total_ms_mean"], row["total_ms_ci95"], 1),
         )
     console.print(table)
 
 
-def print_failures(failures: pd.DataFrame, failed_samples: int) -> None:
+def print_failures(failures: pd.DataFrame, failed_rows: int) -> None:
     """A line per failed task, and the number of samples that failed inside finished ones."""
     for _, row in failures.head(MOST_FAILURES_SHOWN).iterrows():
         knobs = (
@@ -101,13 +101,25 @@ def print_failures(failures: pd.DataFrame, failed_samples: int) -> None:
         print(f"failed   {row['model']} {row['kind']} {knobs}: {row['failure']}: {row['reason']}")
     if len(failures) > MOST_FAILURES_SHOWN:
         print(f"failed   ... and {len(failures) - MOST_FAILURES_SHOWN} more, in the tasks table")
-    if failed_samples:
-        print(f"failed   {_count(failed_samples, 'row')} of single samples, see the column error of the sample tables")
+    if failed_rows:
+        print(f"failed   {_count(failed_rows, 'row')} of single samples, see the column error of the sample tables")
 
 
 def print_place(root: Path) -> None:
     """Where the results are; the first line of a run and the last."""
     print(f"results: {root}", flush=True)
+
+
+def _ranges(indices: Sequence[int]) -> str:
+    """Ascending indices with runs shortened: 0-3, 6, 8-9."""
+    parts: list[str] = []
+    begin = 0
+    for i in range(1, len(indices) + 1):
+        if i == len(indices) or indices[i] != indices[i - 1] + 1:
+            first, last = indices[begin], indices[i - 1]
+            parts.append(str(first) if first == last else f"{first}-{last}")
+            begin = i
+    return ", ".join(parts)
 
 
 def _number(value: Any, digits: int) -> str:

@@ -19,7 +19,7 @@ def local(folder: Path, **entry: Any) -> DatasetSource:
 
 def test_project_presets_are_complete() -> None:
     known = presets()
-    assert {"demo", "vqav2"} <= set(known)
+    assert {"demo", "vqa_v2"} <= set(known)
     for preset in known.values():
         assert preset.metric in SCORERS
         assert preset.max_new_tokens >= 1
@@ -28,18 +28,18 @@ def test_project_presets_are_complete() -> None:
 
 
 def test_a_preset_gives_defaults_and_the_entry_wins(tmp_path: Path) -> None:
-    preset = resolve_source(name="vqav2", base_folder=tmp_path)
-    assert (preset.hub_id, preset.split, preset.metric) == ("lmms-lab/VQAv2", "validation", "vqa_accuracy")
+    preset = resolve_source(name="vqa_v2", base_folder=tmp_path)
+    assert (preset.hub_id, preset.split, preset.metric) == ("lmms-lab-encoder/VQAv2", "validation", "vqa_accuracy")
     assert preset.columns.id == "question_id"
     changed = resolve_source(
-        name="vqav2", split="testdev", revision="abc", columns={"id": None}, metric="exact_match", base_folder=tmp_path
+        name="vqa_v2", split="testdev", revision="abc", columns={"id": None}, metric="exact_match", base_folder=tmp_path
     )
-    assert (changed.hub_id, changed.split, changed.revision) == ("lmms-lab/VQAv2", "testdev", "abc")
+    assert (changed.hub_id, changed.split, changed.revision) == ("lmms-lab-encoder/VQAv2", "testdev", "abc")
     assert (changed.columns.id, changed.columns.image_id, changed.metric) == (None, "image_id", "exact_match")
 
 
 def test_a_local_copy_of_a_preset_keeps_its_columns(tmp_path: Path) -> None:
-    source = local(tmp_path, name="vqav2", metric=None)
+    source = local(tmp_path, name="vqa_v2", metric=None)
     assert (source.path, source.hub_id) == (str(tmp_path / "rows.jsonl"), None)
     assert (source.columns.id, source.metric, source.split) == ("question_id", "vqa_accuracy", "validation")
 
@@ -89,7 +89,10 @@ def test_other_names_with_a_slash_are_hub_ids(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"name": "vqa_v2", "path": None}, r"'vqa_v2': neither a preset, did you mean vqav2\? \(there is: demo, vqav2"),
+        (
+            {"name": "vqa_v3", "path": None},
+            r"'vqa_v3': neither a preset, did you mean vqa_v2\? \(there is: demo, vqa_v2",
+        ),
         ({"path": "nowhere.parquet"}, r"'mine': no file or folder .*nowhere\.parquet"),
         ({"metric": None}, r"'mine': `metric` is missing \(allowed: exact_match, vqa_accuracy"),
         ({"metric": "exactmatch"}, r"'mine'\.metric: unknown metric 'exactmatch', did you mean exact_match\?"),

@@ -75,9 +75,14 @@ class Dataset:
         self._check_answer_counts()
 
     @classmethod
-    def open(cls, source: DatasetSource) -> "Dataset":
-        """Index a data set, decoding no image. Raises DatasetError, one line with the remedy, if it cannot be read."""
-        return cls(source, open_table(source))
+    def open(cls, source: DatasetSource, *, offline: bool = False) -> "Dataset":
+        """Index a data set, decoding no image and, if `offline`, asking no network.
+
+        Raises:
+            NotDownloaded: `offline`, and it is on the hub and not in the local cache.
+            DatasetError: it cannot be read; in one line with the remedy.
+        """
+        return cls(source, open_table(source, offline=offline))
 
     def __len__(self) -> int:
         return len(self._row_of)

@@ -3,6 +3,7 @@
 WorkerError
 ├── ModelError      a model that cannot be found, described or loaded: every task of that model fails
 ├── DatasetError    a data set that cannot be read: every task of that data set fails
+│   └── NotDownloaded   a hub data set that is not on this machine, where the network was not to be asked
 ├── SampleError     one sample that cannot be used: that sample's row fails, the others go on
 └── RowMismatch     a data set that is no longer the one the plan saw: the task fails
 
@@ -20,6 +21,10 @@ class ModelError(WorkerError):
 
 class DatasetError(WorkerError):
     """A data set that cannot be read."""
+
+
+class NotDownloaded(DatasetError):
+    """A hub data set that is not on this machine, where the network was not to be asked."""
 
 
 class SampleError(WorkerError):

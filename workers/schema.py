@@ -156,7 +156,12 @@ PARTITIONS = (
 
 _IDENTITY = (
     Column("sweep", _STRING, "", "name of the sweep that ran it"),
-    Column("combination_id", _STRING, "", "digest of the knob combination on this model, device kind and data set"),
+    Column(
+        "combination_id",
+        _STRING,
+        "",
+        "digest of the knob combination on this model and data set; the same on every kind of device",
+    ),
     Column("revision", _STRING, "", "hub commit, or digest of the local files; null for random weights"),
     Column("device_name", _STRING, "", "device as its driver names it"),
     Column("split", _STRING, "", "split of the data set"),
@@ -267,7 +272,7 @@ STATISTICS = {
     "p90": "90th percentile over valid rows; null below the sample floor",
     "p95": "95th percentile over valid rows; null below the sample floor",
     "p99": "99th percentile over valid rows; null below the sample floor",
-    "ci95": "half-width of the 95 % confidence interval of the mean, clustered by sample",
+    "ci95": "half-width of the 95 % confidence interval of the mean, clustered by sample (Student's t)",
 }
 
 COMBINATION_COLUMNS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from PIL import Image
 
 from knobs.errors import KnobError
 from knobs.vision import aspect_mismatch
@@ -78,7 +80,8 @@ class Session:
 
     def _model(self, source: ModelSource) -> VisionLanguageModel:
         if self._vlm is None or self._source != source:
-            self._vlm = self._source = None  # the old weights go before the new ones come
+            self._vlm = self._source = None
+            gc.collect()  # the old weights go before the new ones come; hooks tie them into cycles
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             self._vlm = load_source(source, self.device)
@@ -94,17 +97,21 @@ class Session:
 
     def _latency(self, task: Task, vlm: VisionLanguageModel, dataset: Dataset) -> list[dict[str, Any]]:
         """Warm-up of every sample, then rounds over all samples: a drift meets every sample alike."""
+        if task.protocol.batch_size != 1:
+            raise NotImplementedError(f"latency is timed one sample at a time, not {task.protocol.batch_size}")
         rows: list[dict[str, Any]] = []
-        usable: list[tuple[Sample, Any]] = []
+        usable: list[tuple[Sample, Image.Image]] = []
         for ref in task.samples:
             try:
                 sample = _checked(dataset, ref)
                 image = sample.image()
-                for _ in range(task.protocol.warmup):
-                    self._time(task, vlm, sample, image)
-                usable.append((sample, image))
+                self._preprocess(task, vlm, sample, image)  # an image that is refused is found here, warm-up or not
             except SampleError as error:
                 rows.append(self._failed_row(task, vlm, ref, error))
+                continue
+            for _ in range(task.protocol.warmup):
+                self._time(task, vlm, sample, image)
+            usable.append((sample, image))
         for repeat in range(task.protocol.repeats):
             for sample, image in usable:
                 begun = datetime.now(UTC)
@@ -113,13 +120,9 @@ class Session:
                 rows.append(row | {"repeat": repeat, "batch_size": task.protocol.batch_size} | _timing_columns(timing))
         return rows
 
-    def _time(self, task: Task, vlm: VisionLanguageModel, sample: Sample, image: Any) -> Timing:
+    def _time(self, task: Task, vlm: VisionLanguageModel, sample: Sample, image: Image.Image) -> Timing:
         question = task.dataset.prompt_for(sample.question)
-        try:
-            return time_answer(vlm, [image], question, task.knobs.vision, task.protocol.max_new_tokens)
-        except ValueError as error:
-            # Image processors refuse an image (too narrow, say) with a plain ValueError.
-            raise SampleError(f"{sample.ref.uid}: {error}") from error
+        return time_answer(vlm, [image], question, task.knobs.vision, task.protocol.max_new_tokens)
 
     # -- accuracy ---------------------------------------------------------------------------------------------------
 
@@ -158,18 +161,23 @@ class Session:
         return rows
 
     @torch.inference_mode()
-    def _encode(self, task: Task, vlm: VisionLanguageModel, sample: Sample, image: Any) -> tuple[Inputs, Features]:
+    def _encode(
+        self, task: Task, vlm: VisionLanguageModel, sample: Sample, image: Image.Image
+    ) -> tuple[Inputs, Features]:
+        inputs = vlm.transfer(self._preprocess(task, vlm, sample, image))
+        return inputs, vlm.encode_images(inputs.vision)
+
+    def _preprocess(self, task: Task, vlm: VisionLanguageModel, sample: Sample, image: Image.Image) -> Inputs:
         question = task.dataset.prompt_for(sample.question)
         try:
-            inputs = vlm.transfer(vlm.preprocess([image], question, task.knobs.vision))
-        except ValueError as error:
+            return vlm.preprocess([image], question, task.knobs.vision)
+        except SampleError as error:
             raise SampleError(f"{sample.ref.uid}: {error}") from error
-        return inputs, vlm.encode_images(inputs.vision)
 
     # -- rows -------------------------------------------------------------------------------------------------------
 
     def _row(
-        self, task: Task, vlm: VisionLanguageModel, sample: Sample, image: Any, inputs: Inputs, begun: datetime
+        self, task: Task, vlm: VisionLanguageModel, sample: Sample, image: Image.Image, inputs: Inputs, begun: datetime
     ) -> dict[str, Any]:
         layout = vlm.card.geometry.layout(image.height, image.width, task.knobs.vision)
         promised = (
@@ -269,6 +277,8 @@ def _failure_kind(error: BaseException) -> FailureKind:
             return FailureKind.OUT_OF_MEMORY
         case torch.AcceleratorError():
             return FailureKind.DEVICE_LOST
+        case RuntimeError() if "DefaultCPUAllocator" in str(error):
+            return FailureKind.OUT_OF_MEMORY  # main memory; torch has no type for it
         case ModelError():
             return FailureKind.MODEL_LOAD
         case DatasetError() | RowMismatch():

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow
 from pyarrow import parquet
 
-from workers.errors import DatasetError
+from workers.errors import DatasetError, NotDownloaded
 from workers.sources import DatasetSource, nearest
 
 # Which reader of `datasets` takes which file.
@@ -36,13 +36,18 @@ class _Files:
     folder: Path | None
 
 
-def open_table(source: DatasetSource) -> Table:
-    """Index a data set without decoding an image. Raises DatasetError with place and remedy."""
+def open_table(source: DatasetSource, *, offline: bool = False) -> Table:
+    """Index a data set without decoding an image.
+
+    Raises:
+        NotDownloaded: `offline`, and it is on the hub and not in the local cache.
+        DatasetError: it cannot be read; with place and remedy.
+    """
     if source.path is not None:
         files = _local_files(source, source.path)
         table = Table(_read_files(source, files), files.folder)
     else:
-        table = _open_hub(source)
+        table = _open_hub(source, offline)
     return _with_columns(source, table)
 
 
@@ -144,7 +149,7 @@ def _read_files(source: DatasetSource, files: _Files) -> Any:
         return datasets.load_dataset(files.reader, **arguments)
 
 
-def _open_hub(source: DatasetSource) -> Table:
+def _open_hub(source: DatasetSource, offline: bool) -> Table:
     """Download the files of one split, all the same bytes for every worker, and read them as local files."""
     import datasets
     import huggingface_hub
@@ -153,15 +158,26 @@ def _open_hub(source: DatasetSource) -> Table:
     prefixes = [f"{source.config}/", f"data/{source.config}/"] if source.config else ["", "data/"]
     patterns = [f"{prefix}{source.split}{end}" for prefix in prefixes for end in ("-*", ".*", "/*")]
     remedy = "check the id, revision and network, or download it elsewhere and give `path`"
-    with _explained(source, remedy):
-        snapshot = huggingface_hub.snapshot_download(
-            source.hub_id, repo_type="dataset", revision=source.revision, allow_patterns=patterns
-        )
+    try:
+        with _explained(source, remedy):
+            snapshot = huggingface_hub.snapshot_download(
+                source.hub_id,
+                repo_type="dataset",
+                revision=source.revision,
+                allow_patterns=patterns,
+                local_files_only=offline,
+            )
+    except DatasetError as error:
+        if offline:
+            raise NotDownloaded(f"{source.place} is not on this machine yet") from error
+        raise
     found = [file for pattern in patterns for file in sorted(Path(snapshot).glob(pattern)) if file.is_file()]
     files = [file for file in found if file.suffix.lower() in READERS]
     if files:
         chosen = _data_files(source.place, files)
         return Table(_read_files(source, chosen), chosen.folder)
+    if offline:
+        raise NotDownloaded(f"{source.place}: split {source.split!r} is not on this machine yet")
     # Not laid out by split: let the hub's own rules find the files, which downloads every split.
     with _explained(source, remedy):
         rows = datasets.load_dataset(source.hub_id, source.config, split=source.split, revision=source.revision)

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 import pandas as pd
 
-from orchestrator.analysis.statistics import Z95, clustered_standard_error, percentile
+from orchestrator.analysis.statistics import clustered_standard_error, half_width_95, percentile
 from workers.schema import SUMMARISED
 
 
-def aggregate(latency: pd.DataFrame, accuracy: pd.DataFrame) -> dict[str, Any]:
+def aggregate(latency: pd.DataFrame, accuracy: pd.DataFrame, lost: Collection[str] = ()) -> dict[str, Any]:
     """The measured columns of a combination, from the rows that belong to it; empty frames leave their columns null.
 
     Args:
         latency, accuracy: rows of these tables, of one combination on one kind of device, whoever measured them.
+        lost: ids of samples that have no row, because their whole task failed.
     """
     return {
         **_latency_columns(latency),
         **_accuracy_columns(accuracy),
         **_vision_columns(latency, accuracy),
-        "num_failed": _failed_samples(latency, accuracy),
+        "num_failed": len(_failed_samples(latency) | _failed_samples(accuracy) | set(lost)),
     }
 
 
@@ -29,7 +31,7 @@ def _latency_columns(rows: pd.DataFrame) -> dict[str, Any]:
     if rows.empty:
         return {}
     timed = rows[rows["status"] == "done"]
-    valid = timed[timed["valid"].astype(bool)]
+    valid = timed[timed["valid"].eq(True)]
     columns: dict[str, Any] = {"num_timed": len(valid), "num_invalid": len(timed) - len(valid)}
     for name in SUMMARISED:
         columns |= {f"{name}_{key}": value for key, value in _summary(valid[name], valid["sample_id"]).items()}
@@ -37,17 +39,17 @@ def _latency_columns(rows: pd.DataFrame) -> dict[str, Any]:
         columns["residual_fraction"] = float((valid["residual_ms"] / valid["total_ms"]).mean())
         for name in ("peak_memory_bytes", "kv_cache_bytes"):
             columns[name] = _or_none(valid[name].max(), int)
-        for name in ("revision", "device_name"):
-            columns[name] = _only(valid[name])
+        columns["device_name"] = _only(valid["device_name"])
     return columns
 
 
 def _summary(values: pd.Series, samples: pd.Series) -> dict[str, float | None]:
     """Statistics over repeats of samples; a column that is null throughout (TPOT of one token) stays null."""
-    present = values.dropna().astype(float)
+    measured = values.notna()
+    present = values[measured].astype(float)
     if present.empty:
         return {}
-    error = clustered_standard_error(present, samples[present.index])
+    error = clustered_standard_error(present, samples[measured])
     return {
         "mean": float(present.mean()),
         "std": float(present.std()) if len(present) > 1 else None,
@@ -55,12 +57,12 @@ def _summary(values: pd.Series, samples: pd.Series) -> dict[str, float | None]:
         "p90": percentile(present, 0.9),
         "p95": percentile(present, 0.95),
         "p99": percentile(present, 0.99),
-        "ci95": None if error is None else Z95 * error,
+        "ci95": None if error is None else half_width_95(samples[measured].nunique(dropna=False)) * error,
     }
 
 
 def _accuracy_columns(rows: pd.DataFrame) -> dict[str, Any]:
-    scored = rows[rows["status"] == "done"] if len(rows) else rows
+    scored = rows[rows["status"] == "done"]
     if scored.empty:
         return {}
     return {
@@ -73,11 +75,9 @@ def _accuracy_columns(rows: pd.DataFrame) -> dict[str, Any]:
 
 
 def _vision_columns(latency: pd.DataFrame, accuracy: pd.DataFrame) -> dict[str, Any]:
-    """What became of the images: over the scored samples, or the timed ones where accuracy is off."""
-    source = accuracy if len(accuracy) else latency
-    if source.empty:
-        return {}
-    samples = source[source["status"] == "done"].drop_duplicates("sample_id")
+    """What became of the images: over the scored samples, or the timed ones where none was scored."""
+    scored, timed = (rows[rows["status"] == "done"] for rows in (accuracy, latency))
+    samples = (timed if scored.empty else scored).drop_duplicates("sample_id")
     if samples.empty:
         return {}
     selected = samples["theoretical_num_crops"].dropna().astype(int)
@@ -101,9 +101,8 @@ def _vision_columns(latency: pd.DataFrame, accuracy: pd.DataFrame) -> dict[str, 
     }
 
 
-def _failed_samples(latency: pd.DataFrame, accuracy: pd.DataFrame) -> int:
-    failed = [rows.loc[rows["status"] == "failed", "sample_id"] for rows in (latency, accuracy) if len(rows)]
-    return len(set(pd.concat(failed))) if failed else 0
+def _failed_samples(rows: pd.DataFrame) -> set[str]:
+    return set(rows.loc[rows["status"] == "failed", "sample_id"])
 
 
 def _only(values: pd.Series) -> Any:

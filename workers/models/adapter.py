@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from knobs.blocks import active_blocks as only_blocks
+from knobs.errors import KnobError
 from knobs.experts import experts_per_token
 from knobs.vision import VisionSetting
-from workers.errors import ModelError
+from workers.errors import ModelError, SampleError
 from workers.models.processing import Inputs, Processor, Tensors, left_pad
 from workers.models.registry import ModelCard
 
@@ -71,10 +72,22 @@ class VisionLanguageModel:
     # -- stages, in the order in which an answer passes through them ------------------------------------------------
 
     def preprocess(self, images: Sequence[Image.Image], question: str, setting: VisionSetting) -> Inputs:
-        """Images and question in host memory to tensors in host memory."""
+        """Images and question in host memory to tensors in host memory.
+
+        Raises:
+            KnobError: this model cannot take the vision setting.
+            SampleError: this model cannot take an image (too narrow, say) or the question.
+            ModelError: it was loaded without a processor.
+        """
         if self.processor is None:
-            raise ModelError(f"{self.card.name} was loaded without a tokenizer, so it has no processor")
-        return self.processor(images, question, setting)
+            raise ModelError(_no_processor(self.card))
+        if reason := self.card.geometry.refuse(setting):
+            raise KnobError(f"{setting}: {reason}")
+        try:
+            return self.processor(images, question, setting)
+        except ValueError as error:
+            # Image processors refuse an image with a plain ValueError.
+            raise SampleError(str(error)) from error
 
     def transfer(self, inputs: Inputs) -> Inputs:
         """Tensors to the device."""
@@ -170,7 +183,7 @@ class VisionLanguageModel:
     def text(self, tokens: Sequence[int]) -> str:
         """Tokens as text without special tokens, stripped."""
         if self.processor is None:
-            raise ModelError(f"{self.card.name} was loaded without a tokenizer")
+            raise ModelError(_no_processor(self.card))
         return str(self.processor.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
     @property
@@ -215,6 +228,10 @@ def kv_cache_bytes(state: DecodeState) -> int:
         for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
         if isinstance(tensor, torch.Tensor)
     )
+
+
+def _no_processor(card: ModelCard) -> str:
+    return f"{card.name} has no tokenizer.json or no preprocessor_config.json, so it takes no images and questions"
 
 
 def _join(values: list[Any]) -> Any:

@@ -49,7 +49,14 @@ class Generic:
                     text = self.processor.apply_chat_template(turn, add_generation_prompt=True)
                 else:
                     text = self.processor.image_token * len(images) + question
-                made = dict(self.processor(images=list(images), text=text, return_tensors="pt"))
+                begin = self.tokenizer.bos_token
+                # A template that writes the first token itself must not get a second one.
+                has_begin = begin is not None and text.startswith(begin)
+                made = dict(
+                    self.processor(
+                        images=list(images), text=text, return_tensors="pt", add_special_tokens=not has_begin
+                    )
+                )
                 prompt = {name: made.pop(name) for name in PROMPT_ENTRIES if name in made}
                 tokens = int((prompt["input_ids"] == self.image_token_id).sum())
                 return Inputs(prompt, made, None, tokens)

@@ -21,11 +21,12 @@ MOST_TILES = 36
 def tiling(height: int, width: int, tile: int, least: int, most: int) -> tuple[int, int]:
     """Rows and columns of the canvas that InternVL lays an image on, with `least` to `most` tiles.
 
-    The grid whose aspect is nearest to the image's wins; of grids with the same aspect the last in order of area that
-    the image fills by more than half, as in transformers' `get_optimal_tiled_canvas`.
+    The grid whose aspect is nearest to the image's wins; of grids that are equally near, the last in order of area
+    that the image fills by more than half, as in transformers' `get_optimal_tiled_canvas`.
     """
+    # A list: among grids of one area the order decides, narrow ones first.
     grids = sorted(
-        {(c, r) for c in range(1, most + 1) for r in range(1, most + 1) if least <= c * r <= most},
+        [(c, r) for c in range(1, most + 1) for r in range(1, most + 1) if least <= c * r <= most],
         key=lambda grid: grid[0] * grid[1],
     )
     aspect, area = width / height, width * height

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from workers.errors import ModelError
 from workers.models import generic
 from workers.models.adapter import VisionLanguageModel
 from workers.models.byte_tokenizer import byte_tokenizer
-from workers.models.family import Registered
+from workers.models.family import Config
 from workers.models.processing import Processor
 from workers.models.registry import (
     RANDOM_SEED,
-    REGISTERED,
     ModelCard,
     describe,
     read_preprocessor,
@@ -55,6 +56,8 @@ def load(
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     card = describe(name_or_folder, revision=revision, random_weights=weights == "random")
+    if weights == "checkpoint" and default_weights(card) == "random":
+        raise ModelError(f"{name_or_folder} has no checkpoint, it exists with random weights only")
     return build(card, weights or default_weights(card), DTYPES[dtype], where, attention, experts)
 
 
@@ -97,10 +100,14 @@ def build(
         )
         model.eval().requires_grad_(False)
         return VisionLanguageModel(model, _processor(card, model), card, device)
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, RuntimeError, ImportError, AttributeError, KeyError) as error:
-        # transformers raises all of these for a checkpoint that is broken, foreign or in need of a missing package.
+    except (ModelError, torch.OutOfMemoryError, torch.AcceleratorError, MemoryError):
+        raise  # a device that is full or dead is not the checkpoint's fault
+    except SafetensorError as error:
+        raise ModelError(
+            f"{card.name} cannot be loaded: {_place(card)} holds a *.safetensors that is damaged, copy or download it "
+            f"again ({_first_line(error)})"
+        ) from error
+    except Exception as error:  # transformers raises whatever it meets for a broken or foreign checkpoint
         raise ModelError(f"{card.name} cannot be loaded: {_first_line(error)}") from error
 
 
@@ -135,7 +142,19 @@ def _from_checkpoint(card: ModelCard, dtype: torch.dtype, device: torch.device, 
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ModelError(f"{card.name}: the checkpoint lacks {len(missing)} tensors, e.g. {', '.join(missing[:3])}")
+    if device.type == "cpu":
+        _leave_the_file(model)
     return model.to(device)
+
+
+def _leave_the_file(model: Any) -> None:
+    """Copy weights that are mapped from a file into memory of their own.
+
+    A mapped weight is read from disk when it is first used, which may be in a timed region, and lies where the file
+    has it: unaligned, kernels round differently, and one model in two files would give two answers.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def _place(card: ModelCard) -> str:
@@ -143,22 +162,22 @@ def _place(card: ModelCard) -> str:
 
 
 def _processor(card: ModelCard, model: Any) -> Processor | None:
-    registered = REGISTERED.get(card.name)
     if card.checkpoint.folder is None and card.checkpoint.hub_id is None:
         return card.family.processor(byte_tokenizer(card.family.special_tokens), card.config, card.preprocessor)
+    preprocessor = _checkpoint_preprocessor(card)
     tokenizer = _tokenizer(card)
-    if tokenizer is None:
+    if tokenizer is None or not (preprocessor or card.family is generic.FAMILY):
         return None
     if card.family is generic.FAMILY:
         return card.family.processor(_whole_processor(card), model.config.to_dict(), {})
-    return card.family.processor(tokenizer, model.config.to_dict(), _checkpoint_preprocessor(card, registered))
+    return card.family.processor(tokenizer, model.config.to_dict(), preprocessor)
 
 
-def _checkpoint_preprocessor(card: ModelCard, registered: Registered | None) -> Any:
+def _checkpoint_preprocessor(card: ModelCard) -> Config:
     """The checkpoint's own preprocessing, which decides; what is registered only served the plan."""
     if card.checkpoint.folder is not None:
         return card.preprocessor
-    return read_preprocessor(card.checkpoint) or (registered.preprocessor if registered else card.preprocessor)
+    return read_preprocessor(card.checkpoint) or card.preprocessor
 
 
 def _tokenizer(card: ModelCard) -> Any:
@@ -179,7 +198,17 @@ def _tokenizer(card: ModelCard) -> Any:
 def _whole_processor(card: ModelCard) -> Any:
     from transformers import AutoProcessor
 
-    return AutoProcessor.from_pretrained(_place(card), revision=card.checkpoint.revision, trust_remote_code=False)
+    try:
+        return AutoProcessor.from_pretrained(_place(card), revision=card.checkpoint.revision, trust_remote_code=False)
+    except (ImportError, OSError, ValueError) as error:
+        # Without torchvision, transformers finds no video processor, and some image processors neither.
+        words = str(error).lower()
+        if find_spec("torchvision") is None and ("torchvision" in words or "video processor" in words):
+            raise ModelError(
+                f"{card.name} cannot be loaded: its processor needs torchvision, which is not installed; install the "
+                f"build that matches torch {torch.__version__}"
+            ) from error
+        raise
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from knobs.vision import VisionSetting
+from workers.errors import ModelError, SampleError
 
 Tensors = dict[str, torch.Tensor]
 
@@ -97,6 +98,8 @@ class CuttingProcessor(Processor):
         return {}
 
     def __call__(self, images: Sequence[Image.Image], question: str, setting: VisionSetting) -> Inputs:
+        if self.template_image in question:
+            raise SampleError(f"the question contains {self.template_image}, which stands for an image")
         cut = self.cut(images, setting)
         text = self._fill(self.prompt_text(question, len(images)), cut.placeholders)
         encoded = self.tokenizer(text, return_tensors="pt", add_special_tokens=self.tokenizer.chat_template is None)
@@ -115,7 +118,7 @@ class CuttingProcessor(Processor):
     def _fill(self, text: str, placeholders: Sequence[str]) -> str:
         parts = text.split(self.template_image)
         if len(parts) != len(placeholders) + 1:
-            raise ValueError(f"the chat template leaves {len(parts) - 1} places for {len(placeholders)} images")
+            raise ModelError(f"the chat template leaves {len(parts) - 1} places for {len(placeholders)} images")
         filled = [parts[0]]
         for placeholder, part in zip(placeholders, parts[1:], strict=True):
             filled += [placeholder, part]

@@ -14,7 +14,7 @@ from knobs.vision import VisionGeometry
 from workers.errors import ModelError
 from workers.models import generic, internvl, qwen3_vl_moe, smolvlm
 from workers.models.byte_tokenizer import token_ids
-from workers.models.family import Config, Family, Registered
+from workers.models.family import Config, Family, NativeGeometry, Registered
 
 # The whole list of families; a new one is a file and a line here.
 FAMILIES: tuple[Family, ...] = (smolvlm.FAMILY, internvl.FAMILY, qwen3_vl_moe.FAMILY)
@@ -29,6 +29,9 @@ _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num
 _TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_k", "moe_topk")
 
 RANDOM_SEED = 0
+
+# Configuration, image processor, tokenizer and chat template.
+_SMALL_FILES = (".json", ".jinja", ".model", ".txt")
 
 
 @dataclass(frozen=True)
@@ -142,11 +145,12 @@ def _from_folder(name: str, folder: Path, random_weights: bool) -> ModelCard:
     family = _family_of(config, str(folder))
     preprocessor = read_preprocessor(Checkpoint(folder=folder))
     if random_weights:
-        fingerprint = f"random:{RANDOM_SEED}:{_digest([config, preprocessor])}"
+        # The tokenizer and its chat template still decide the prompts.
+        fingerprint = f"random:{RANDOM_SEED}:{_digest_of_files(folder, _SMALL_FILES)}"
     else:
         if not any(folder.glob("*.safetensors")):
             raise ModelError(f"model folder {folder} has no *.safetensors; for random weights write weights: random")
-        fingerprint = f"files:{_digest_of_files(folder)}"
+        fingerprint = f"files:{_digest_of_files(folder, (*_SMALL_FILES, '.safetensors'))}"
     return _card(name, family, Checkpoint(folder=folder), config, preprocessor, fingerprint)
 
 
@@ -165,18 +169,38 @@ def _from_hub(name: str, hub_id: str, revision: str | None, random_weights: bool
 def _card(
     name: str, family: Family, located: Checkpoint, config: Config, preprocessor: Config, fingerprint: str
 ) -> ModelCard:
-    text = config.get("text_config") or config.get("llm_config") or config
+    text = _text_config(config)
+    if type(text.get("num_hidden_layers")) is not int:
+        text = _text_config(_with_defaults(config))
     blocks = text.get("num_hidden_layers")
     if type(blocks) is not int:
         raise ModelError(f"{name}: config.json does not say how many blocks the language model has (num_hidden_layers)")
     try:
-        geometry = family.geometry(config, preprocessor)
+        # Bare weights can be used from Python, but nothing is known of how they want their images.
+        geometry = family.geometry(config, preprocessor) if preprocessor else NativeGeometry()
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{name}: its configuration lacks {error} that {family.name} needs for images") from error
     experts, top_k = _first_int(text, _EXPERT_KEYS), _first_int(text, _TOP_K_KEYS)
     if experts is None or experts < 2:
         experts = top_k = None
     return ModelCard(name, family, located, config, preprocessor, fingerprint, blocks, experts, top_k, geometry)
+
+
+def _text_config(config: Config) -> Config:
+    text = config.get("text_config") or config.get("llm_config") or config
+    return text if isinstance(text, dict) else {}
+
+
+def _with_defaults(config: Config) -> Config:
+    """A configuration with what older checkpoints leave out because it equals the default of its class."""
+    # Costs the import of torch, so only where a number is missing.
+    from transformers import AutoConfig
+
+    try:
+        complete: dict[str, Any] = AutoConfig.for_model(**config).to_dict()
+    except (ValueError, KeyError, TypeError):
+        return config
+    return complete
 
 
 def _family_of(config: Config, place: str) -> Family:
@@ -228,11 +252,10 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def _digest_of_files(folder: Path) -> str:
-    """Digest of the content of every file a checkpoint consists of; names count, times and places do not."""
-    wanted = (".json", ".safetensors", ".jinja", ".model", ".txt")
+def _digest_of_files(folder: Path, suffixes: tuple[str, ...]) -> str:
+    """Digest of the content of the files a checkpoint consists of; names count, times and places do not."""
     digests = []
-    for path in sorted(p for p in folder.iterdir() if p.suffix in wanted):
+    for path in sorted(p for p in folder.iterdir() if p.suffix in suffixes):
         with path.open("rb") as file:
             digests.append((path.name, hashlib.file_digest(file, "sha256").hexdigest()))
     return _digest(digests)
@@ -271,11 +294,13 @@ def _cached_commit(hub_id: str, revision: str) -> str | None:
 
 def _hub_json(located: Checkpoint, file: str, offline: bool) -> dict[str, Any] | None:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     assert located.hub_id is not None
     try:
         path = hf_hub_download(located.hub_id, file, revision=located.revision, local_files_only=offline)
     except (EntryNotFoundError, LocalEntryNotFoundError):
         return None
+    except HfHubHTTPError as error:  # gated, for one: the repository is listed, its files are not given out
+        raise ModelError(f"{located.hub_id}: {file} cannot be downloaded: {str(error).splitlines()[0]}") from None
     return _json(Path(path), f"{located.hub_id} has no {file}")

@@ -1,0 +1,463 @@
+"""Expansion of a sweep into combinations and tasks, and the ids that make a result the result of exactly one task."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from handmade import DATASET, KNOBS, MODEL, SCORED, TIMED, planned_dataset, samples, task
+from PIL import Image
+
+from knobs.vision import VisionSetting
+from orchestrator.plan import SAMPLES_PER_ACCURACY_TASK, Plan, PlannedDataset, PlannedModel, digest, expand, make_plan
+from orchestrator.resolve import planned_models, resolve_models
+from orchestrator.sampling import STRATEGIES, sample
+from orchestrator.spec import parse_sweep
+from workers.datasets import Columns, DatasetSource
+from workers.models import describe
+from workers.schema import Kind, Knobs, ModelSource, Protocol, Task
+
+DENSE, SPARSE, TILED = (describe(name) for name in ("tiny-smolvlm", "tiny-qwen3-vl-moe", "tiny-internvl"))
+ALL_SIX = (0, 1, 2, 3, 4, 5)
+
+
+def sweep(knobs: str = "{}", models: str = "tiny-smolvlm", **sections: str) -> Any:
+    text = f"name: example\nmodels: [{models}]\ndatasets: [demo]\nknobs: {knobs}\n"
+    return parse_sweep(text + "".join(f"{key}: {value}\n" for key, value in sections.items()))
+
+
+def plan_of(
+    spec: Any, datasets: Sequence[PlannedDataset] = (planned_dataset(4),), accelerators: Sequence[str] = ("cpu",)
+) -> Plan:
+    cards = resolve_models(spec, offline=True)
+    return make_plan(spec, planned_models(spec, cards, accelerators), datasets, accelerators)
+
+
+def task_ids(plan: Plan) -> set[str]:
+    return {task.task_id for task in plan.tasks}
+
+
+# -- expansion --------------------------------------------------------------------------------------------------------
+
+
+def test_an_axis_that_a_model_lacks_is_dropped_with_the_reason_and_the_others_still_move() -> None:
+    spec = sweep("{longest_edge: [32, 64], moe_top_k: [1, 2], active_blocks: [3, 6]}")
+    dense, sparse = expand(spec, DENSE), expand(spec, SPARSE)
+    assert [str(dropped) for dropped in dense.dropped] == ["tiny-smolvlm: moe_top_k dropped, the model is dense"]
+    assert {(k.vision.value, k.moe_top_k, len(k.active_blocks)) for k in dense.knobs} == {
+        (edge, None, blocks) for edge in (32, 64) for blocks in (3, 6)
+    }
+    assert [dropped.axis for dropped in sparse.dropped] == ["longest_edge"]
+    assert "no such vision knob" in str(sparse.dropped[0])
+    assert {(k.moe_top_k, len(k.active_blocks)) for k in sparse.knobs} == {(1, 3), (1, 6), (2, 3), (2, 6)}
+
+
+def test_without_knobs_a_model_runs_once_with_everything_it_has_spelled_out() -> None:
+    assert expand(sweep(), DENSE).knobs == [Knobs(VisionSetting(), None, ALL_SIX)]
+    assert expand(sweep(), SPARSE).knobs == [Knobs(VisionSetting(), SPARSE.moe_top_k, ALL_SIX)]
+
+
+def test_an_axis_that_is_dropped_leaves_the_native_setting() -> None:
+    points = expand(sweep("{tiles: [1, 2], active_blocks: [6]}"), DENSE)
+    assert points.knobs == [Knobs(VisionSetting(), None, ALL_SIX)]
+
+
+def test_a_number_of_blocks_and_the_list_of_the_same_blocks_are_one_combination() -> None:
+    spec = sweep("{active_blocks: [6, [0, 1, 2, 3, 4, 5], 2, [0, 1], [0, 5]]}")
+    assert [knobs.active_blocks for knobs in expand(spec, DENSE).knobs] == [(0, 1), (0, 5), ALL_SIX]
+    assert len(plan_of(spec).combinations) == 3
+
+
+def test_the_models_own_top_k_written_out_is_the_same_combination_as_leaving_it_to_the_model() -> None:
+    written = plan_of(sweep(f"{{moe_top_k: [{SPARSE.moe_top_k}]}}", models="tiny-qwen3-vl-moe"))
+    assert task_ids(written) == task_ids(plan_of(sweep(models="tiny-qwen3-vl-moe")))
+
+
+def test_a_value_that_a_model_cannot_take_is_one_skip_with_the_reason_and_costs_no_other_point() -> None:
+    spec = sweep("{longest_edge: [16, 32], active_blocks: [3, 8]}", models="tiny-smolvlm, tiny-internvl")
+    plan = plan_of(spec, accelerators=["A100", "H100"], datasets=[planned_dataset(3, "one"), planned_dataset(3, "two")])
+    assert [str(skip) for skip in plan.skips] == [
+        "tiny-smolvlm: longest_edge=16, active_blocks=3: longest_edge must be 32 (one tile) to 4096 pixels",
+        "tiny-smolvlm: longest_edge=16, active_blocks=8: longest_edge must be 32 (one tile) to 4096 pixels",
+        "tiny-smolvlm: longest_edge=32, active_blocks=8: the model has 6 blocks, so active_blocks must be 1 to 6",
+        "tiny-internvl: active_blocks=8: the model has 6 blocks, so active_blocks must be 1 to 6",
+    ]
+    kept = {(c.model.name, str(c.knobs.vision), len(c.knobs.active_blocks)) for c in plan.combinations}
+    assert kept == {("tiny-smolvlm", "longest_edge=32", 3), ("tiny-internvl", "native", 3)}
+
+
+@pytest.mark.parametrize(
+    ("knobs", "reason"),
+    [
+        ("{moe_top_k: [17]}", "the model has 16 experts, so moe_top_k must be 1 to 16"),
+        ("{active_blocks: [[0, 6, 9]]}", "the model has blocks 0 to 5, not 6, 9"),
+    ],
+)
+def test_reasons_name_what_the_model_has(knobs: str, reason: str) -> None:
+    points = expand(sweep(knobs), SPARSE)
+    assert points.knobs == []
+    assert [skip.reason for skip in points.skips] == [reason]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_strategies_choose_among_the_axes_that_are_left(strategy: str) -> None:
+    draw = "{strategy: lhs, n: 4, seed: 7}" if strategy == "lhs" else f"{{strategy: {strategy}}}"
+    spec = sweep("{longest_edge: [32, 64, 96, 128, 160], moe_top_k: [1, 2, 3]}", sampling=draw)
+    left = sample({"longest_edge": [32, 64, 96, 128, 160]}, strategy, 4 if strategy == "lhs" else None, 7)
+    points = expand(spec, DENSE)
+    assert [knobs.vision.value for knobs in points.knobs] == [point["longest_edge"] for point in left]
+
+
+def test_latency_is_timed_on_every_kind_of_device_and_accuracy_scored_once() -> None:
+    plan = plan_of(sweep("{active_blocks: [3, 6]}"), accelerators=["A100", "H100"])
+    assert len(plan.combinations) == 4
+    assert sorted((t.kind.value, t.accelerator) for t in plan.tasks if t.knobs.active_blocks == ALL_SIX) == [
+        ("accuracy", None),
+        ("latency", "A100"),
+        ("latency", "H100"),
+    ]
+    a100, h100 = (c for c in plan.combinations if c.knobs.active_blocks == ALL_SIX)
+    assert a100.accuracy_tasks == h100.accuracy_tasks
+    assert not set(a100.latency_tasks) & set(h100.latency_tasks)
+
+
+def test_either_measurement_can_be_left_out() -> None:
+    assert {t.kind for t in plan_of(sweep(latency="off")).tasks} == {Kind.ACCURACY}
+    assert {t.kind for t in plan_of(sweep(accuracy="off")).tasks} == {Kind.LATENCY}
+
+
+def test_every_sample_is_scored_in_exactly_one_task_and_the_first_ones_are_timed() -> None:
+    dataset = planned_dataset(2 * SAMPLES_PER_ACCURACY_TASK + 1)
+    plan = plan_of(sweep(latency="{samples: 5}"), [dataset])
+    scored = [t for t in plan.tasks if t.kind is Kind.ACCURACY]
+    assert [len(t.samples) for t in scored] == [SAMPLES_PER_ACCURACY_TASK, SAMPLES_PER_ACCURACY_TASK, 1]
+    assert tuple(ref for t in scored for ref in t.samples) == dataset.samples
+    assert [t.samples for t in plan.tasks if t.kind is Kind.LATENCY] == [dataset.samples[:5]]
+
+
+def test_a_task_says_how_it_is_run() -> None:
+    spec = sweep(
+        latency="{samples: 2, repeats: 7, output_tokens: 9, warmup: 3}",
+        accuracy="{batch_size: 5}",
+    )
+    protocols = {t.kind: t.protocol for t in plan_of(spec, [planned_dataset(4, max_new_tokens=11)]).tasks}
+    assert protocols[Kind.LATENCY] == Protocol(max_new_tokens=9, batch_size=1, repeats=7, warmup=3)
+    assert protocols[Kind.ACCURACY] == Protocol(max_new_tokens=11, batch_size=5, metric="exact_match")
+
+
+def test_models_that_differ_only_in_what_is_written_out_are_one() -> None:
+    spec = sweep("{active_blocks: [6, 8]}", models="tiny-smolvlm, {name: tiny-smolvlm, dtype: float32}")
+    plan = plan_of(spec)
+    assert len(plan.combinations) == 1
+    assert len(plan.skips) == 1
+    different = sweep("{active_blocks: [6, 8]}", models="tiny-smolvlm, {name: tiny-smolvlm, dtype: bfloat16}")
+    assert len({c.combination_id for c in plan_of(different).combinations}) == 2
+
+
+def test_a_combination_knows_what_is_promised_where_every_image_gets_the_same() -> None:
+    promised = {
+        c.knobs.vision.value: c.pinned and c.pinned.vision_tokens
+        for c in plan_of(sweep("{longest_edge: [32, 64]}")).combinations
+    }
+    assert promised == {32: 16, 64: None}
+
+
+# -- identity ---------------------------------------------------------------------------------------------------------
+
+# When one of these changes on purpose, because a number is obtained in another way, raise PROTOCOL_VERSION in
+# workers/schema.py and put the new ids here; all existing results are then measured again. When the change is not meant
+# to alter any number, undo it: everyone's finished tasks would be lost to their next run.
+GOLDEN = {Kind.LATENCY: "d64f8b5a2f1ad9c11d0fd0a894f9960a", Kind.ACCURACY: "aa9dec273d9e7e157d49e974e6b8f80c"}
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_golden_ids(kind: Kind) -> None:
+    assert task(kind).task_id == GOLDEN[kind]
+
+
+REF = samples(1)[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": replace(MODEL, name="another name in the results")},
+        {"model": replace(MODEL, family="internvl")},
+        {"model": replace(MODEL, revision="0d5bb15")},
+        {"model": replace(MODEL, weights="random")},
+        {"model": replace(MODEL, fingerprint="files:fedcba9876543210")},
+        {"model": replace(MODEL, dtype="bfloat16")},
+        {"model": replace(MODEL, attention="eager")},
+        {"model": replace(MODEL, experts="batched_mm")},
+        {"model": replace(MODEL, engine="graph")},
+        {"knobs": replace(KNOBS, vision=VisionSetting("longest_edge", 65))},
+        {"knobs": replace(KNOBS, vision=VisionSetting("longest_edge", "64"))},
+        {"knobs": replace(KNOBS, vision=VisionSetting("tiles", 64))},
+        {"knobs": replace(KNOBS, vision=VisionSetting())},
+        {"knobs": replace(KNOBS, moe_top_k=3)},
+        {"knobs": replace(KNOBS, moe_top_k=None)},
+        {"knobs": replace(KNOBS, active_blocks=(0, 1, 2))},
+        {"knobs": replace(KNOBS, active_blocks=(0, 1, 2, 4))},
+        {"dataset": replace(DATASET, name="other")},
+        {"dataset": replace(DATASET, split="validation")},
+        {"dataset": replace(DATASET, prompt="{question} Be brief.")},
+        {"samples": samples(2)},
+        {"samples": samples(3)[::-1]},
+        {"samples": (replace(REF, digest="0" * 64), *samples(3)[1:])},
+        {"samples": (replace(REF, uid="questions:test:a"), *samples(3)[1:])},
+        {"protocol.max_new_tokens": 99},
+        {"protocol.batch_size": 99},
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("kind", Kind)
+def test_whatever_decides_a_result_changes_the_id(kind: Kind, change: dict[str, Any]) -> None:
+    protocol = TIMED if kind is Kind.LATENCY else SCORED
+    ((key, value),) = change.items()
+    if key.startswith("protocol."):
+        change = {"protocol": replace(protocol, **{key.removeprefix("protocol."): value})}
+    assert task(kind, **change).task_id != task(kind).task_id
+
+
+def test_what_decides_only_times_or_only_scores_changes_the_ids_of_those() -> None:
+    timed, scored = task(Kind.LATENCY), task(Kind.ACCURACY)
+    assert timed.task_id != scored.task_id
+    assert task(Kind.LATENCY, accelerator="A100").task_id != timed.task_id
+    assert task(Kind.LATENCY, protocol=replace(TIMED, repeats=3)).task_id != timed.task_id
+    assert task(Kind.LATENCY, protocol=replace(TIMED, warmup=0)).task_id != timed.task_id
+    assert task(Kind.ACCURACY, protocol=replace(SCORED, metric="anls")).task_id != scored.task_id
+    # Which questions share an image decides the standard error, and is not part of what a question contains.
+    grouped = replace(DATASET, columns=Columns(image_id="image_file"))
+    assert task(Kind.ACCURACY, dataset=grouped).task_id != scored.task_id
+    assert task(Kind.LATENCY, dataset=grouped).task_id == timed.task_id
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        # The same measurement asked for by a sweep of another name is the same; results of the two never meet, because
+        # a folder belongs to one sweep.
+        {"sweep": "another"},
+        {"task_id": "anything"},
+        {"combination_id": "anything"},
+        {"model": replace(MODEL, place="/elsewhere/small")},
+        {"dataset": replace(DATASET, path="/elsewhere/questions.parquet")},
+        {"dataset": replace(DATASET, path=None, hub_id="somebody/questions", config="all", revision="main")},
+        {"dataset": replace(DATASET, columns=Columns(image="picture", question="q", answers="a", id="key"))},
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("kind", Kind)
+def test_what_decides_no_result_leaves_the_id(kind: Kind, change: dict[str, Any]) -> None:
+    assert task(kind, **change).task_id == task(kind).task_id
+
+
+def test_nothing_that_travels_with_a_task_was_forgotten_by_the_tests_above() -> None:
+    """A field that is added to what a worker is told must be considered here."""
+    names = {kind.__name__: {field.name for field in fields(kind)} for kind in (ModelSource, Knobs, Protocol, Task)}
+    assert names == {
+        "ModelSource": {
+            *("name", "family", "place", "revision", "weights", "fingerprint"),
+            *("dtype", "attention", "experts", "engine"),
+        },
+        "Knobs": {"vision", "moe_top_k", "active_blocks"},
+        "Protocol": {"max_new_tokens", "batch_size", "repeats", "warmup", "metric"},
+        "Task": {
+            *("task_id", "combination_id", "kind", "sweep", "accelerator"),
+            *("model", "knobs", "dataset", "samples", "protocol"),
+        },
+    }
+    assert {field.name for field in fields(DatasetSource)} == {
+        *("name", "split", "path", "hub_id", "config", "revision", "columns", "metric", "prompt"),
+    }
+
+
+def test_a_digest_does_not_depend_on_the_order_of_keys_and_tells_types_apart() -> None:
+    assert digest({"a": 1, "b": [2, "ü"]}) == digest({"b": [2, "ü"], "a": 1})
+    assert len({digest(value) for value in (1, "1", True, None, "None", [1], {"1": 1}, 1.5)}) == 8
+
+
+def test_no_two_tasks_of_many_random_sweeps_share_an_id() -> None:
+    generator = random.Random(0)
+    found: dict[str, tuple[Any, ...]] = {}
+    for _ in range(150):
+        blocks = [sorted(generator.sample(ALL_SIX, generator.randint(1, 6))) for _ in range(2)]
+        levels = {
+            "active_blocks": [generator.randint(1, 6), *(b for b in blocks if b != blocks[0] or b is blocks[0])],
+            "moe_top_k": sorted({generator.randint(1, 16) for _ in range(3)}),
+            generator.choice(["longest_edge", "tiles"]): sorted({generator.randint(1, 300) for _ in range(3)}),
+        }
+        spec = sweep(
+            json.dumps(levels),
+            models="tiny-smolvlm, tiny-qwen3-vl-moe, tiny-internvl",
+            latency=f"{{samples: {generator.randint(1, 4)}, repeats: {generator.randint(1, 3)}}}",
+            accuracy=f"{{batch_size: {generator.randint(1, 4)}}}",
+        )
+        dataset = planned_dataset(generator.randint(1, 5), generator.choice("ab"), generator.randint(1, 3))
+        for t in plan_of(spec, [dataset], accelerators=generator.sample(["H100", "A100", "cpu"], 2)).tasks:
+            content = (t.kind, t.accelerator, t.model, t.knobs, t.samples, t.protocol)
+            assert found.setdefault(t.task_id, content) == content
+    assert len(found) > 3000
+    assert len(set(found.values())) == len(found)
+
+
+# -- growing a sweep --------------------------------------------------------------------------------------------------
+
+
+def test_more_levels_models_and_data_sets_keep_the_ids_that_were_there() -> None:
+    small = plan_of(sweep("{longest_edge: [64], active_blocks: [3]}"))
+    large = plan_of(
+        sweep("{longest_edge: [128, 64, 32], active_blocks: [6, 3]}", models="tiny-qwen3-vl-moe, tiny-smolvlm"),
+        [planned_dataset(9, "another"), planned_dataset(4)],
+    )
+    assert task_ids(small) < task_ids(large)
+    assert {c.combination_id for c in small.combinations} < {c.combination_id for c in large.combinations}
+
+
+def test_more_samples_keep_the_timed_task_the_full_scored_tasks_and_the_combinations() -> None:
+    def ids(count: int) -> tuple[set[str], set[str], set[str]]:
+        plan = plan_of(sweep(), [planned_dataset(count)])
+        timed = {t.task_id for t in plan.tasks if t.kind is Kind.LATENCY}
+        return timed, task_ids(plan) - timed, {c.combination_id for c in plan.combinations}
+
+    full, more = ids(2 * SAMPLES_PER_ACCURACY_TASK), ids(3 * SAMPLES_PER_ACCURACY_TASK - 1)
+    assert full[0] == more[0]
+    assert full[1] < more[1]
+    assert len(more[1]) == 3
+    assert full[2] == more[2]
+
+
+# -- the same file is the same plan, wherever, whenever and in whatever order -----------------------------------------
+
+SPEC = """\
+# {comment}
+name: moved
+models: [{models}]
+datasets:
+{datasets}
+knobs:
+  longest_edge: {edges}
+  active_blocks: {blocks}
+"""
+PRINT_IDS = """
+import json, sys
+from orchestrator.plan import make_plan
+from orchestrator.resolve import planned_models, resolve_datasets, resolve_models
+from orchestrator.spec import load_sweep
+sweep = load_sweep(sys.argv[1])
+models = planned_models(sweep, resolve_models(sweep, offline=True), ["cpu"])
+plan = make_plan(sweep, models, resolve_datasets(sweep), ["cpu"])
+print(json.dumps(sorted([c.combination_id, *c.latency_tasks, *c.accuracy_tasks] for c in plan.combinations)))
+"""
+
+
+def write_checkpoint(folder: Path) -> None:
+    """What a checkpoint consists of as far as a plan is concerned; nobody loads these weights."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(dict(DENSE.config)))
+    (folder / "preprocessor_config.json").write_text(json.dumps(dict(DENSE.preprocessor)))
+    (folder / "model.safetensors").write_bytes(b"weights")
+
+
+def write_questions(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for colour in ("red", "green"):
+        Image.new("RGB", (40, 30), colour).save(folder / f"{colour}.png")
+    rows = [
+        {"image": f"{colour}.png", "question": f"Which colour? {i}", "answers": [colour]}
+        for i, colour in enumerate(("red", "green") * 3)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def ids_in_another_process(spec: Path, hash_seed: str) -> Any:
+    environment = os.environ | {"PYTHONHASHSEED": hash_seed, "HF_DATASETS_CACHE": str(spec.parent / "cache")}
+    command = [sys.executable, "-c", PRINT_IDS, str(spec)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_ids_survive_another_process_another_order_and_another_folder(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "far" / "there"
+    write_checkpoint(here / "my-model")
+    write_questions(here / "questions")
+    demo = "  - {name: demo, samples: 3}"
+    for folder, name, text in (
+        (here, "first.yaml", SPEC.format(
+            comment="as written first", models="my-model, tiny-smolvlm", edges="[32, 64]", blocks="[3, 6]",
+            datasets=f"{demo}\n  - {{name: questions/rows.jsonl, metric: exact_match}}",
+        )),
+        (there, "second.yaml", SPEC.format(
+            # The folder by its whole path this time: it is the same model all the same.
+            comment="as moved", models=f"tiny-smolvlm, {there / 'models' / 'my-model'}", edges="[64, 32]",
+            blocks="[6, 3]", datasets=f"  - {{name: rows, path: {there / 'rows.jsonl'}, metric: exact_match}}\n{demo}",
+        )),
+    ):  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    first = ids_in_another_process(here / "first.yaml", "1")
+    shutil.move(here / "my-model", there / "models" / "my-model")
+    for file in (here / "questions").iterdir():
+        shutil.move(file, there / file.name)
+    assert ids_in_another_process(there / "second.yaml", "2") == first
+    assert len(first) == 2 * 2 * 2 * 2
+
+
+def model_ids(spec: Any) -> set[str]:
+    return task_ids(plan_of(spec))
+
+
+def test_a_single_byte_of_any_file_that_a_model_reads_changes_the_ids(tmp_path: Path) -> None:
+    folder = tmp_path / "my-model"
+    write_checkpoint(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    spec = sweep(models=str(folder))
+    seen = [model_ids(spec)]
+    for file, content in (
+        ("model.safetensors", "weightz"),
+        ("tokenizer.json", "{ }"),
+        ("chat_template.jinja", "{{ messages }}"),
+        ("generation_config.json", "{}"),
+        ("preprocessor_config.json", json.dumps({**DENSE.preprocessor, "do_normalize": False})),
+    ):
+        (folder / file).write_text(content)
+        seen.append(model_ids(spec))
+        assert not seen[-1] & set().union(*seen[:-1]), file
+    (folder / "README.md").write_text("not read by any model")
+    os.utime(folder / "model.safetensors", (1, 1))
+    assert model_ids(spec) == seen[-1]
+
+
+def test_a_revision_of_the_hub_is_part_of_the_ids() -> None:
+    by_revision = {
+        revision: model_ids(sweep(models=f"{{name: smolvlm2-256m, revision: {revision}}}"))
+        for revision in ("a" * 40, "b" * 40)
+    }
+    assert not by_revision["a" * 40] & by_revision["b" * 40]
+
+
+def test_the_comment_and_name_of_a_file_do_not_matter() -> None:
+    text = "name: n\nmodels: [tiny-smolvlm]\ndatasets: [demo]\n"
+    assert model_ids(parse_sweep(text, "a.yaml")) == model_ids(parse_sweep("# a comment\n" + text, "b.yaml"))
+
+
+def test_planned_models_of_a_sweep_share_one_data_type() -> None:
+    spec = sweep(models="tiny-smolvlm, {name: tiny-internvl, dtype: float16}")
+    cards = resolve_models(spec, offline=True)
+
+    def dtypes(*accelerators: str) -> list[str]:
+        planned: list[PlannedModel] = planned_models(spec, cards, accelerators)
+        return [model.source.dtype for model in planned]
+
+    assert dtypes("cpu") == ["float32", "float16"]
+    assert dtypes("cpu", "H100") == ["bfloat16", "float16"]

@@ -1,0 +1,420 @@
+"""What outcomes become in a real result folder: rows of combinations and tasks, after failures, deaths and reruns."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from handmade import STARTED, planned_dataset, rows_of
+
+from orchestrator.plan import SAMPLES_PER_ACCURACY_TASK, Plan, make_plan
+from orchestrator.record import Recorder
+from orchestrator.resolve import planned_models, resolve_models
+from orchestrator.schedule import Outcome
+from orchestrator.spec import Sweep, parse_sweep
+from orchestrator.store import ResultStore, StoreError
+from workers.schema import COMBINATION_COLUMNS, FailureKind, Kind, Status, Task, TaskResult
+
+BEGIN = STARTED.timestamp()
+
+
+def sweep(**sections: str) -> Sweep:
+    text = "name: example\nmodels: [tiny-smolvlm]\ndatasets: [{name: written/as/a/path}]\n"
+    sections = {"knobs": "{active_blocks: [3, 6]}", "latency": "{samples: 2, repeats: 2}"} | sections
+    return parse_sweep(text + "".join(f"{key}: {value}\n" for key, value in sections.items()))
+
+
+def plan_of(spec: Sweep, count: int = 4, accelerators: Sequence[str] = ("H100",)) -> Plan:
+    models = planned_models(spec, resolve_models(spec, offline=True), accelerators)
+    return make_plan(spec, models, [planned_dataset(count)], accelerators)
+
+
+class Run:
+    """One run of a sweep on a result folder, with outcomes that the test decides instead of workers."""
+
+    def __init__(self, root: Path, spec: Sweep, plan: Plan, *, retry_failed: bool = False) -> None:
+        self.root, self.plan = root, plan
+        self.store = ResultStore.open(root, spec.name)
+        self.recorder = Recorder(self.store, spec, plan, retry_failed=retry_failed)
+        self.recorder.catch_up()
+
+    def task(self, kind: Kind, blocks: int = 6, accelerator: str = "H100", chunk: int = 0) -> Task:
+        found = [
+            t
+            for t in self.plan.tasks
+            if t.kind is kind and len(t.knobs.active_blocks) == blocks and t.accelerator in (None, accelerator)
+        ]
+        return found[chunk]
+
+    def done(self, task: Task, value: float = 1.0, broken: Sequence[str] = (), on: str = "H100") -> None:
+        found = {"worker": f"{on}-0", "host": "node", "device_name": "Some GPU 80GB"}
+        rows = rows_of(task, value, broken)
+        result = TaskResult(
+            task.task_id, Status.DONE, rows, worker=found, started_at=BEGIN + value, finished_at=BEGIN + value + 2
+        )
+        self.recorder.commit(Outcome(task, result, on, attempts=1))
+
+    def fail(self, task: Task, on: str = "H100", attempts: int = 1) -> None:
+        result = TaskResult(
+            task.task_id,
+            Status.FAILED,
+            failure=FailureKind.OUT_OF_MEMORY,
+            reason="CUDA out of memory",
+            traceback="Traceback ...",
+            worker={"worker": f"{on}-0"},
+            started_at=BEGIN,
+            finished_at=BEGIN + 1,
+        )
+        self.recorder.commit(Outcome(task, result, on, attempts))
+
+    def all_done(self) -> None:
+        for task in self.recorder.todo():
+            self.done(task, 60.0 if task.kind is Kind.LATENCY else 1.0, on=task.accelerator or "H100")
+
+    def combinations(self) -> pd.DataFrame:
+        return stored(self.root, "combinations")
+
+
+def stored(root: Path, table: str) -> pd.DataFrame:
+    """A table as anyone reads it, without this project."""
+    if not list((root / table).rglob("*.parquet")):
+        return pd.DataFrame()
+    rows: pd.DataFrame = pd.read_parquet(root / table)
+    return rows
+
+
+def written(root: Path) -> dict[Path, int]:
+    """When each file of the folder was written."""
+    return {path: path.stat().st_mtime_ns for path in root.rglob("*.parquet")}
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Any]:
+    """Starts runs on one folder, each after giving up the one before, as a killed process would."""
+    open_runs: list[Run] = []
+
+    def start_run(spec: Sweep | None = None, *, retry_failed: bool = False, **of_plan: Any) -> Run:
+        for run in open_runs:
+            run.store.close()
+        open_runs.clear()
+        spec = spec or sweep()
+        open_runs.append(Run(tmp_path / "example", spec, plan_of(spec, **of_plan), retry_failed=retry_failed))
+        return open_runs[-1]
+
+    yield start_run
+    for run in open_runs:
+        run.store.close()
+
+
+# -- combinations -----------------------------------------------------------------------------------------------------
+
+
+def test_a_row_appears_when_the_last_task_of_its_combination_ends(start: Any) -> None:
+    run: Run = start()
+    assert len(run.recorder.todo()) == 4
+    run.done(run.task(Kind.LATENCY), 60.0)
+    assert run.combinations().empty
+    run.done(run.task(Kind.ACCURACY, 3), 0.5)
+    assert run.combinations().empty
+    run.done(run.task(Kind.ACCURACY), 0.25)
+    (row,) = run.combinations().to_dict("records")
+    assert row["num_active_blocks"] == 6
+    assert (row["accuracy"], row["num_samples"], row["num_failed"]) == (0.25, 4, 0)
+    assert (row["total_ms_mean"], row["num_timed"], row["num_invalid"]) == (60.5, 4, 0)
+    run.done(run.task(Kind.LATENCY, 3), 30.0)
+    assert sorted(run.combinations()["num_active_blocks"]) == [3, 6]
+    assert run.recorder.todo() == []
+
+
+def test_a_row_says_what_it_is_the_row_of(start: Any) -> None:
+    run: Run = start(sweep(knobs="{longest_edge: [32], active_blocks: [[0, 2]]}"))
+    run.all_done()
+    (row,) = run.combinations().to_dict("records")
+    assert list(row)[: len(COMBINATION_COLUMNS)] == [column.name for column in COMBINATION_COLUMNS]
+    expected = {
+        "sweep": "example",
+        "combination_id": run.plan.combinations[0].combination_id,
+        "model": "tiny-smolvlm",
+        "accelerator": "H100",
+        "dataset": "questions",
+        "split": "test",
+        "device_name": "Some GPU 80GB",
+        "dtype": "bfloat16",
+        "attention": "sdpa",
+        "engine": "eager",
+        "vision_knob": "longest_edge",
+        "vision_value": "32",
+        "num_active_blocks": 2,
+        "theoretical_num_crops": 1,
+        "theoretical_tiling": "1x1",
+        "theoretical_vision_tokens": 16,
+        "metric": "exact_match",
+    }
+    assert {name: row[name] for name in expected} == expected
+    assert list(row["active_blocks"]) == [0, 2]
+    null = ["revision", "experts", "moe_top_k", "force_full_tokens", "peak_memory_bytes", "energy_j"]
+    assert all(pd.isna(row[name]) for name in null)
+
+
+def test_two_kinds_of_device_share_what_was_scored_and_have_a_row_each(start: Any) -> None:
+    run: Run = start(sweep(knobs="{active_blocks: [6]}"), accelerators=["H100", "A100"])
+    run.done(run.task(Kind.ACCURACY), 0.5, on="A100")
+    assert run.combinations().empty
+    run.done(run.task(Kind.LATENCY, accelerator="A100"), 90.0, on="A100")
+    assert run.combinations()["accelerator"].tolist() == ["A100"]
+    run.done(run.task(Kind.LATENCY, accelerator="H100"), 30.0, on="H100")
+    rows = run.combinations().set_index("accelerator")
+    assert rows["accuracy"].to_dict() == {"A100": 0.5, "H100": 0.5}
+    assert rows["total_ms_mean"].to_dict() == {"A100": 90.5, "H100": 30.5}
+    assert len(stored(run.root, "accuracy")) == 4
+    assert len(run.recorder.results()) == 2
+    # A later run on one of them shows that one only.
+    later: Run = start(sweep(knobs="{active_blocks: [6]}"), accelerators=["A100"])
+    assert later.recorder.results()["accelerator"].tolist() == ["A100"]
+    assert later.recorder.todo() == []
+
+
+# -- failures ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_task_that_failed_leaves_the_combination_with_what_there_is(start: Any) -> None:
+    run: Run = start()
+    run.done(run.task(Kind.ACCURACY), 0.5)
+    run.fail(run.task(Kind.LATENCY))
+    (row,) = run.combinations().to_dict("records")
+    assert row["accuracy"] == 0.5
+    assert pd.isna(row["total_ms_mean"])
+    assert row["num_failed"] == 2  # the samples that the lost task would have timed
+    assert len(stored(run.root, "latency")) == 0
+
+
+def test_samples_of_a_failed_task_are_counted_not_averaged_away(start: Any) -> None:
+    run: Run = start(sweep(knobs="{active_blocks: [6]}", latency="off"), count=SAMPLES_PER_ACCURACY_TASK + 3)
+    run.done(run.task(Kind.ACCURACY, chunk=0), 1.0, broken=["questions:test:1"])
+    run.fail(run.task(Kind.ACCURACY, chunk=1))
+    (row,) = run.combinations().to_dict("records")
+    assert (row["accuracy"], row["num_samples"], row["num_failed"]) == (1.0, SAMPLES_PER_ACCURACY_TASK - 1, 4)
+
+
+def test_a_combination_of_which_nothing_is_left_has_no_row_but_its_tasks_have(start: Any) -> None:
+    run: Run = start()
+    for kind in Kind:
+        run.fail(run.task(kind), attempts=3)
+    assert run.combinations().empty
+    failures = run.recorder.failures()
+    assert sorted(failures["kind"]) == ["accuracy", "latency"]
+    assert set(failures["failure"]) == {"out_of_memory"}
+    assert set(failures["reason"]) == {"CUDA out of memory"}
+    assert set(failures["attempts"]) == {3}
+
+
+def test_a_task_row_tells_how_it_ended(start: Any) -> None:
+    run: Run = start()
+    timed = run.task(Kind.LATENCY)
+    run.done(timed, 5.0, broken=[timed.samples[1].uid])
+    (row,) = stored(run.root, "tasks").to_dict("records")
+    assert row["task_id"] == timed.task_id
+    assert (row["status"], row["num_samples"], row["num_failed_rows"], row["attempts"]) == ("done", 2, 1, 1)
+    assert (row["worker"], row["host"], row["device_name"]) == ("H100-0", "node", "Some GPU 80GB")
+    assert (row["duration_s"], row["started_at"].timestamp()) == (2.0, BEGIN + 5)
+    assert all(pd.isna(row[name]) for name in ("failure", "reason", "traceback"))
+
+
+def test_failed_tasks_are_left_alone_until_they_are_asked_for(start: Any) -> None:
+    first: Run = start()
+    failed = first.task(Kind.ACCURACY)
+    first.fail(failed)
+    for task in first.recorder.todo():
+        first.done(task, 60.0)
+    again: Run = start()
+    assert again.recorder.todo() == []
+    assert again.recorder.failed == {failed.task_id}
+    assert again.recorder.failures()["task_id"].tolist() == [failed.task_id]
+    retried: Run = start(retry_failed=True)
+    assert retried.recorder.todo() == [failed]
+    # On another kind of device this time, which may run it as well.
+    retried.done(failed, 0.75, on="A100")
+    row = retried.combinations().set_index("num_active_blocks").loc[6]
+    assert (row["accuracy"], row["num_failed"]) == (0.75, 0)
+    tasks = stored(retried.root, "tasks")
+    assert tasks[tasks["task_id"] == failed.task_id]["status"].tolist() == ["done"]
+    assert start().recorder.failed == set()
+
+
+def test_a_task_that_fails_twice_in_different_places_is_one_failure(start: Any) -> None:
+    run: Run = start()
+    run.fail(run.task(Kind.ACCURACY), on="H100")
+    again: Run = start(retry_failed=True)
+    again.fail(again.task(Kind.ACCURACY), on="A100")
+    assert again.recorder.failures()["accelerator"].tolist() == ["A100"]
+
+
+# -- after a death ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lost", ["tasks", "combinations"])
+def test_what_a_killed_run_left_out_is_made_up_for(start: Any, lost: str) -> None:
+    run: Run = start()
+    run.all_done()
+    before = stored(run.root, lost).sort_values("combination_id").reset_index(drop=True)
+    shutil.rmtree(run.root / lost)
+    after: Run = start()
+    assert after.recorder.todo() == []
+    found = stored(after.root, lost).sort_values("combination_id").reset_index(drop=True)
+    if lost == "combinations":
+        pd.testing.assert_frame_equal(found, before)
+    else:
+        # How long it took and how often it was tried is gone; what the rows themselves say is not.
+        known = ["task_id", "combination_id", "kind", "status", "num_samples", "num_failed_rows", "device_name"]
+        key = ["combination_id", "kind"]
+        pd.testing.assert_frame_equal(
+            found.sort_values(key)[known].reset_index(drop=True),
+            before.sort_values(key)[known].reset_index(drop=True),
+        )
+        assert set(found["started_at"]) == {pd.Timestamp(STARTED)}
+
+
+def test_a_run_that_died_between_the_rows_of_a_retry_and_its_task_row_is_put_right(start: Any) -> None:
+    run: Run = start()
+    scored = run.task(Kind.ACCURACY)
+    run.fail(scored)
+    (row_of_failure,) = (run.root / "tasks").rglob(f"{scored.task_id}.parquet")
+    kept = row_of_failure.read_bytes()
+    retried: Run = start(retry_failed=True)
+    retried.done(scored)
+    row_of_failure.write_bytes(kept)
+    after: Run = start()
+    assert scored.task_id in after.recorder.done
+    tasks = stored(after.root, "tasks").set_index("task_id")
+    assert tasks.loc[scored.task_id, "status"] == "done"
+
+
+def test_a_damaged_part_is_run_again_and_its_combination_made_of_the_new_numbers(start: Any) -> None:
+    run: Run = start()
+    run.all_done()
+    timed = run.task(Kind.LATENCY)
+    (part,) = (run.root / "latency").rglob(f"{timed.task_id}.parquet")
+    part.write_bytes(part.read_bytes()[:-9])
+    again: Run = start()
+    assert again.recorder.todo() == [timed]
+    assert len(again.store.warnings) == 1
+    again.done(timed, 10.0)
+    row = again.combinations().set_index("num_active_blocks").loc[6]
+    assert row["total_ms_mean"] == 10.5
+
+
+def test_a_run_that_died_before_the_row_of_new_numbers_has_them_after_the_next_start(start: Any) -> None:
+    run: Run = start()
+    run.all_done()
+    rows = {path: path.read_bytes() for path in (run.root / "combinations").rglob("*.parquet")}
+    timed = run.task(Kind.LATENCY)
+    run.done(timed, 10.0)
+    for path, content in rows.items():
+        path.write_bytes(content)
+    after: Run = start()
+    assert after.combinations().set_index("num_active_blocks").loc[6, "total_ms_mean"] == 10.5
+
+
+# -- reruns -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_rerun_of_what_is_complete_writes_nothing(start: Any) -> None:
+    spec = sweep(knobs="{active_blocks: [3, 6, 8]}")
+    run: Run = start(spec)
+    run.all_done()
+    before = written(run.root)
+    again: Run = start(spec)
+    assert again.recorder.todo() == []
+    assert written(again.root) == before
+    assert len(again.recorder.results()) == 2
+
+
+def test_more_samples_run_the_difference_and_make_the_rows_anew(start: Any) -> None:
+    spec = sweep(knobs="{active_blocks: [6]}")
+    first: Run = start(spec, count=SAMPLES_PER_ACCURACY_TASK)
+    first.all_done()
+    more: Run = start(spec, count=SAMPLES_PER_ACCURACY_TASK + 44)
+    (missing,) = more.recorder.todo()
+    assert (missing.kind, len(missing.samples)) == (Kind.ACCURACY, 44)
+    # Until then the row of the smaller sweep stays.
+    assert more.combinations()["num_samples"].tolist() == [SAMPLES_PER_ACCURACY_TASK]
+    more.done(missing, 0.0)
+    (row,) = more.combinations().to_dict("records")
+    assert row["num_samples"] == SAMPLES_PER_ACCURACY_TASK + 44
+    assert row["accuracy"] == pytest.approx(SAMPLES_PER_ACCURACY_TASK / (SAMPLES_PER_ACCURACY_TASK + 44))
+
+
+def test_more_levels_leave_the_rows_that_are_there(start: Any) -> None:
+    run: Run = start(sweep(knobs="{active_blocks: [6]}"))
+    run.all_done()
+    before = written(run.root)
+    more: Run = start(sweep(knobs="{active_blocks: [6, 4]}"))
+    assert {len(task.knobs.active_blocks) for task in more.recorder.todo()} == {4}
+    more.all_done()
+    assert written(more.root).items() > before.items()
+    assert sorted(more.combinations()["num_active_blocks"]) == [4, 6]
+
+
+# -- skips ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_skip_is_a_row_with_a_reason_beside_the_tasks(start: Any) -> None:
+    spec = sweep(knobs="{longest_edge: [16, 32], active_blocks: [6, [0, 9]]}")
+    run: Run = start(spec, accelerators=["H100", "A100"])
+    rows = stored(run.root, "tasks")
+    assert set(rows["status"]) == {"skipped"}
+    assert len(rows) == 3 * 2
+    assert rows["task_id"].is_unique
+    assert set(rows["model"]) == {"tiny-smolvlm"}
+    assert set(rows["dataset"]) == {"questions"}
+    first = rows[(rows["accelerator"] == "A100") & (rows["vision_value"] == "32")].iloc[0]
+    assert first["reason"] == "the model has blocks 0 to 5, not 9"
+    assert (first["vision_knob"], first["num_active_blocks"], list(first["active_blocks"])) == (
+        "longest_edge",
+        2,
+        [0, 9],
+    )
+    run.all_done()
+    assert len(run.recorder.results()) == 2
+    assert run.recorder.failures().empty
+
+
+def test_a_sweep_of_nothing_but_skips_says_why(start: Any) -> None:
+    run: Run = start(sweep(knobs="{active_blocks: [7]}"))
+    assert run.recorder.todo() == []
+    (row,) = stored(run.root, "tasks").to_dict("records")
+    assert row["reason"] == "the model has 6 blocks, so active_blocks must be 1 to 6"
+    assert (row["accelerator"], row["dataset"], row["num_active_blocks"]) == ("H100", "questions", 7)
+    assert run.recorder.results().empty
+
+
+# -- trouble ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_can_no_longer_be_written_stops_the_run_and_loses_nothing(start: Any) -> None:
+    run: Run = start()
+    run.done(run.task(Kind.ACCURACY))
+    (run.root / "latency").write_text("a file in the way")
+    with pytest.raises(StoreError, match="nothing committed is lost"):
+        run.done(run.task(Kind.LATENCY))
+    (run.root / "latency").unlink()
+    after: Run = start()
+    assert run.task(Kind.ACCURACY).task_id in after.recorder.done
+    assert run.task(Kind.LATENCY) in after.recorder.todo()
+
+
+def test_recording_warns_of_nothing(start: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run: Run = start(count=1)
+        scored = run.task(Kind.ACCURACY)
+        run.done(scored, broken=[scored.samples[0].uid])
+        run.done(run.task(Kind.LATENCY))
+        run.recorder.results()
+        run.recorder.failures()
+    assert len(run.combinations()) == 1

@@ -1,0 +1,444 @@
+"""A session turns tasks into rows on real data and real tiny models, and everything that goes wrong into data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from checkpoints import save
+from tiny import TINY, picture, tiny_model
+
+from knobs.errors import KnobError
+from knobs.experts import routers
+from knobs.vision import VisionSetting
+from workers.datasets import Dataset, DatasetSource, resolve_source
+from workers.errors import DatasetError, ModelError, RowMismatch, SampleError
+from workers.models import describe
+from workers.models.adapter import VisionLanguageModel
+from workers.schema import STAGES, FailureKind, Kind, Knobs, ModelSource, Protocol, Status, Task, arrow_schema
+from workers.session import Session, _failure_kind
+
+PROJECT = Path(__file__).resolve().parents[1]
+TIMED = Protocol(max_new_tokens=3, batch_size=1, repeats=2, warmup=1)
+METRIC = "vqa_accuracy/loo-always"  # scorer and variant
+SCORED = Protocol(max_new_tokens=6, batch_size=4, metric="vqa_accuracy")
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSource]:
+    """The tiny models with sharp weights, as checkpoints in folders."""
+    found = {}
+    for name in TINY:
+        folder = save(tiny_model(name), tmp_path_factory.mktemp("models") / name)
+        card = describe(str(folder))
+        found[name] = ModelSource(
+            name=name,
+            family=card.family.name,
+            place=str(folder),
+            revision=card.fingerprint,
+            weights="checkpoint",
+            fingerprint=card.fingerprint,
+            dtype="float32",
+            attention="sdpa",
+            experts=None if card.num_experts is None else "grouped_mm",
+            engine="eager",
+        )
+    return found
+
+
+@pytest.fixture
+def session() -> Session:
+    return Session("worker-1", torch.device("cpu"))
+
+
+def demo() -> DatasetSource:
+    return resolve_source(name="demo", base_folder=PROJECT / "sweeps")
+
+
+def task_for(
+    source: ModelSource,
+    kind: Kind = Kind.ACCURACY,
+    *,
+    data: DatasetSource | None = None,
+    samples: int = 6,
+    protocol: Protocol | None = None,
+    **knobs: Any,
+) -> Task:
+    """A task by hand: the first blocks of six, the model's own top-k, native images, unless `knobs` says otherwise."""
+    data = data or demo()
+    card = describe(source.place)
+    point = {"vision": VisionSetting(), "moe_top_k": card.moe_top_k, "active_blocks": tuple(range(card.num_blocks))}
+    refs = tuple(Dataset.open(data).select(samples, 42))
+    protocol = protocol or (SCORED if kind is Kind.ACCURACY else TIMED)
+    return Task("t1", "c1", kind, "by-hand", None, source, Knobs(**{**point, **knobs}), data, refs, protocol)
+
+
+def rows_of(session: Session, task: Task) -> list[dict[str, Any]]:
+    result = session.run(task)
+    assert result.status is Status.DONE, result.traceback
+    assert (result.failure, result.reason, result.traceback) == (None, None, None)
+    assert result.rows is not None
+    assert result.rows.schema.equals(arrow_schema(task.kind), check_metadata=True)
+    rows: list[dict[str, Any]] = result.rows.to_pylist()
+    return rows
+
+
+def failure(session: Session, task: Task) -> tuple[FailureKind | None, str]:
+    result = session.run(task)
+    assert result.status is Status.FAILED
+    assert result.rows is None
+    assert result.reason is not None
+    assert result.traceback is not None
+    assert result.traceback.startswith("Traceback (most recent call last):")
+    assert "\n" not in result.reason
+    return result.failure, result.reason
+
+
+def model_of(session: Session) -> VisionLanguageModel:
+    assert session._vlm is not None
+    return session._vlm
+
+
+def assert_no_knob_is_switched(session: Session) -> None:
+    vlm = model_of(session)
+    assert [name for name, module in vlm.model.named_modules() if "forward" in module.__dict__] == []
+    assert vlm.decoder._forward_pre_hooks == {}
+    assert {router.top_k for router in routers(vlm.model)} <= {vlm.card.moe_top_k}
+
+
+@pytest.fixture(scope="session")
+def awkward(tmp_path_factory: pytest.TempPathFactory) -> DatasetSource:
+    """Four questions about a good, a truncated, a very narrow and another good image."""
+    return awkward_data(tmp_path_factory.mktemp("awkward"))
+
+
+def awkward_data(folder: Path) -> DatasetSource:
+    lines = []
+    for name, size in [("good", (40, 60)), ("truncated", (60, 40)), ("narrow", (1, 3000)), ("fine", (50, 50))]:
+        file = folder / f"{name}.png"
+        picture(*size).save(file)
+        if name == "truncated":
+            file.write_bytes(file.read_bytes()[:200])
+        lines.append({"file_name": file.name, "id": name, "question": f"What is {name}?", "answers": ["a circle"] * 10})
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    return resolve_source(
+        name="awkward", path=str(folder), metric="vqa_accuracy", columns={"id": "id"}, base_folder=folder
+    )
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_accuracy_rows(session: Session, sources: dict[str, ModelSource], name: str) -> None:
+    task = task_for(sources[name], active_blocks=(0, 1, 4))
+    rows = rows_of(session, task)
+    assert [row["sample_id"] for row in rows] == [ref.uid for ref in task.samples]
+    data = Dataset.open(task.dataset)
+    question_types = {ref.uid: data.sample(ref.uid).question_type for ref in task.samples}
+    assert len(set(question_types.values())) > 1
+    for row in rows:
+        assert (row["task_id"], row["combination_id"], row["sweep"]) == ("t1", "c1", "by-hand")
+        assert (row["status"], row["error"], row["worker"]) == ("done", None, "worker-1")
+        assert (row["num_active_blocks"], row["active_blocks"]) == (3, [0, 1, 4])
+        assert row["moe_top_k"] == model_of(session).card.moe_top_k
+        assert (row["vision_knob"], row["vision_value"]) == ("native", None)
+        assert row["theoretical_vision_tokens"] == row["actual_vision_tokens"] > 0
+        assert row["theoretical_num_crops"] == row["actual_num_crops"] > 0
+        assert row["prompt_tokens"] > row["actual_vision_tokens"]
+        assert row["image_aspect"] == row["image_width"] / row["image_height"]
+        assert (row["metric"], row["split"]) == (METRIC, "test")
+        assert 0 <= row["score"] <= 1
+        assert 1 <= row["output_tokens"] <= 6
+        assert row["stop_reason"] == ("length" if row["output_tokens"] == 6 else "eos")
+        assert row["question_type"] == question_types[row["sample_id"]]
+    assert len({row["prediction"] for row in rows}) >= 4
+    assert_no_knob_is_switched(session)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_latency_rows(session: Session, sources: dict[str, ModelSource], name: str) -> None:
+    task = task_for(sources[name], Kind.LATENCY, samples=3, active_blocks=(1, 2))
+    rows = rows_of(session, task)
+    asked = [ref.uid for ref in task.samples]
+    assert [(row["repeat"], row["sample_id"]) for row in rows] == [(r, uid) for r in (0, 1) for uid in asked]
+    for row in rows:
+        assert min(row[stage] for stage in STAGES) > 0
+        assert sum(row[stage] for stage in STAGES) + row["residual_ms"] == pytest.approx(row["total_ms"])
+        assert (row["output_tokens"], len(row["decode_step_ms"]), row["batch_size"]) == (3, 2, 1)
+        assert row["tpot_ms"] == pytest.approx(sum(row["decode_step_ms"]) / 2)
+        assert (row["valid"], row["invalid_reasons"], row["status"]) == (True, [], "done")
+        assert row["kv_cache_bytes"] > 0
+        assert row["peak_memory_bytes"] is None
+    assert_no_knob_is_switched(session)
+
+
+def test_the_knobs_of_the_task_reach_the_model(session: Session, sources: dict[str, ModelSource]) -> None:
+    def predictions(name: str, **knobs: Any) -> list[str]:
+        return [row["prediction"] for row in rows_of(session, task_for(sources[name], **knobs))]
+
+    qwen = "tiny-qwen3-vl-moe"
+    settings: list[dict[str, Any]] = [{}, {"moe_top_k": 1}, {"active_blocks": (0, 1)}]
+    answers = [predictions(qwen, **knobs) for knobs in settings]
+    assert answers[0] != answers[1] != answers[2] != answers[0]
+    assert predictions(qwen) == answers[0], "nothing of the other tasks is left"
+
+    task = task_for(sources["tiny-smolvlm"], vision=VisionSetting("longest_edge", 64))
+    for row in rows_of(session, task):
+        assert (row["vision_knob"], row["vision_value"]) == ("longest_edge", "64")
+        assert row["actual_vision_tokens"] == row["theoretical_vision_tokens"] <= 80
+        height, width = (int(side) for side in row["target_resolution"].split("x"))
+        assert max(height, width) == 64
+        assert row["aspect_mismatch"] == abs(width / height - row["image_aspect"])
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_batch_size_does_not_change_predictions(
+    session: Session, sources: dict[str, ModelSource], name: str
+) -> None:
+    task = task_for(sources[name], samples=9)
+    one, four = (rows_of(session, replace(task, protocol=replace(SCORED, batch_size=size))) for size in (1, 4))
+    wanted = ("sample_id", "prediction", "score", "output_tokens", "stop_reason", "prompt_tokens")
+    assert [[row[w] for w in wanted] for row in one] == [[row[w] for w in wanted] for row in four]
+    assert len({row["prediction"] for row in one}) >= 5
+
+
+def test_an_answer_that_ends_by_itself(session: Session, sources: dict[str, ModelSource]) -> None:
+    task = task_for(sources["tiny-smolvlm"], samples=4)
+    free = rows_of(session, task)
+    vlm = model_of(session)
+    sample = Dataset.open(task.dataset).sample(free[0]["sample_id"])
+    inputs = vlm.preprocess([sample.image()], task.dataset.prompt_for(sample.question), VisionSetting())
+    second = vlm.answer([(inputs, vlm.encode_images(inputs.vision))], 2)[0][1]
+    vlm.model.generation_config.eos_token_id = second
+    ended = rows_of(session, task)[0]
+    assert ended["stop_reason"] == "eos"
+    assert ended["output_tokens"] <= 2
+
+
+# -- samples that fail ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "protocol", [SCORED, TIMED, replace(TIMED, warmup=0)], ids=["accuracy", "latency", "no warm-up"]
+)
+def test_a_bad_sample_is_a_failed_row_and_the_others_go_on(
+    session: Session, sources: dict[str, ModelSource], awkward: DatasetSource, protocol: Protocol
+) -> None:
+    kind = Kind.LATENCY if protocol.metric is None else Kind.ACCURACY
+    task = task_for(sources["tiny-qwen3-vl-moe"], kind, data=awkward, samples=4, protocol=protocol)
+    rows = rows_of(session, task)
+    failed = {row["sample_id"]: row for row in rows if row["status"] == "failed"}
+    assert failed.keys() == {"awkward:test:truncated", "awkward:test:narrow"}
+    assert failed["awkward:test:narrow"]["error"] == (
+        "awkward:test:narrow: absolute aspect ratio must be smaller than 200, got 3000.0"
+    )
+    assert failed["awkward:test:truncated"]["error"].startswith("awkward:test:truncated: the image cannot be decoded (")
+    done = [row["sample_id"] for row in rows if row["status"] == "done"]
+    assert sorted(done) == sorted(["awkward:test:good", "awkward:test:fine"] * protocol.repeats)
+    for row in failed.values():
+        if kind is Kind.LATENCY:
+            assert (row["valid"], row["invalid_reasons"], row["total_ms"]) == (False, ["failed"], None)
+        else:
+            assert (row["score"], row["prediction"], row["metric"]) == (None, None, METRIC)
+
+
+def test_every_sample_may_fail(session: Session, sources: dict[str, ModelSource], tmp_path: Path) -> None:
+    data = awkward_data(tmp_path)
+    for file in tmp_path.glob("*.png"):
+        file.write_bytes(b"not an image")
+    for kind in Kind:
+        rows = rows_of(session, task_for(sources["tiny-smolvlm"], kind, data=data, samples=4))
+        assert [row["status"] for row in rows] == ["failed"] * 4
+
+
+def test_families_that_squash_take_the_narrow_image(
+    session: Session, sources: dict[str, ModelSource], awkward: DatasetSource
+) -> None:
+    rows = rows_of(session, task_for(sources["tiny-internvl"], data=awkward, samples=4))
+    assert [row["sample_id"] for row in rows if row["status"] == "failed"] == ["awkward:test:truncated"]
+
+
+# -- tasks that fail --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_a_row_that_changed_after_planning(
+    session: Session, sources: dict[str, ModelSource], tmp_path: Path, kind: Kind
+) -> None:
+    task = task_for(sources["tiny-smolvlm"], kind, data=awkward_data(tmp_path), samples=4)
+    picture(40, 60, seed=9).save(tmp_path / "good.png")
+    found = failure(session, task)
+    expected = "awkward:test:good has changed since the sweep was planned; run the sweep again to plan anew"
+    assert found == (FailureKind.BAD_DATASET, expected)
+
+
+def test_a_data_set_that_is_gone(session: Session, sources: dict[str, ModelSource], tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    task = task_for(sources["tiny-smolvlm"], data=awkward_data(folder))
+    shutil.rmtree(folder)
+    kind, reason = failure(session, task)
+    assert kind is FailureKind.BAD_DATASET
+    assert str(folder) in reason
+
+
+def test_a_model_that_cannot_be_loaded(session: Session, sources: dict[str, ModelSource]) -> None:
+    source = sources["tiny-smolvlm"]
+    task = task_for(source)
+    kind, reason = failure(session, replace(task, model=replace(source, attention="magic")))
+    assert kind is FailureKind.MODEL_LOAD
+    assert reason.startswith("tiny-smolvlm cannot be loaded: ")
+    assert "magic" in reason
+    changed = replace(task, model=replace(source, fingerprint="files:0"))
+    assert failure(session, changed) == (
+        FailureKind.MODEL_LOAD,
+        f"tiny-smolvlm: the files at {source.place} have changed since the sweep was planned",
+    )
+    assert len(rows_of(session, task)) == 6, "the session goes on"
+
+
+@pytest.mark.parametrize(
+    ("knobs", "reason"),
+    [
+        ({"moe_top_k": 2}, "moe_top_k: the model has no router whose top-k can be set"),
+        ({"active_blocks": (0, 6)}, "active_blocks [0, 6]: the model has blocks 0 to 5, not 6"),
+        ({"active_blocks": ()}, "active_blocks []: at least one block must run"),
+        ({"vision": VisionSetting("tiles", 4)}, "tiles=4: this family has no vision knob tiles"),
+        (
+            {"vision": VisionSetting("longest_edge", 16)},
+            "longest_edge=16: longest_edge must be 32 (one tile) to 4096 pixels",
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", Kind)
+def test_a_knob_that_the_model_cannot_take(
+    session: Session, sources: dict[str, ModelSource], knobs: dict[str, Any], reason: str, kind: Kind
+) -> None:
+    assert failure(session, task_for(sources["tiny-smolvlm"], kind, **knobs)) == (FailureKind.KNOB, reason)
+    assert_no_knob_is_switched(session)
+
+
+def test_something_unexpected(session: Session, sources: dict[str, ModelSource]) -> None:
+    """A model that breaks in the middle of an answer, as a fault in our own code would."""
+    task = task_for(sources["tiny-qwen3-vl-moe"], moe_top_k=1, active_blocks=(0, 2))
+    expected = rows_of(session, task)
+    hook = model_of(session).decoder.norm.register_forward_hook(lambda *_: {}["planted"])
+    try:
+        result = session.run(task)
+    finally:
+        hook.remove()
+    assert (result.failure, result.reason) == (FailureKind.ERROR, "KeyError: 'planted'")
+    assert result.traceback is not None
+    assert "in prefill" in result.traceback
+    assert_no_knob_is_switched(session)
+    again = rows_of(session, task)
+    assert [row["prediction"] for row in again] == [row["prediction"] for row in expected]
+
+
+def test_a_value_error_of_the_model_is_not_blamed_on_the_sample(
+    session: Session, sources: dict[str, ModelSource]
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ValueError("planted")
+
+    task = task_for(sources["tiny-smolvlm"], Kind.LATENCY)
+    rows_of(session, task)
+    hook = model_of(session).decoder.register_forward_hook(broken)
+    try:
+        assert failure(session, task) == (FailureKind.ERROR, "ValueError: planted")
+    finally:
+        hook.remove()
+
+
+def test_batched_latency_is_refused_rather_than_mislabelled(session: Session, sources: dict[str, ModelSource]) -> None:
+    task = task_for(sources["tiny-smolvlm"], Kind.LATENCY, protocol=replace(TIMED, batch_size=4))
+    kind, reason = failure(session, task)
+    assert kind is FailureKind.ERROR
+    assert reason == "NotImplementedError: latency is timed one sample at a time, not 4"
+
+
+def test_out_of_main_memory(session: Session, sources: dict[str, ModelSource]) -> None:
+    """A petabyte is more than any allocator gives; the exception is torch's own."""
+    task = task_for(sources["tiny-smolvlm"])
+    rows_of(session, task)
+    hook = model_of(session).decoder.register_forward_hook(lambda *_: torch.empty(1 << 50, dtype=torch.uint8))
+    try:
+        kind, reason = failure(session, task)
+    finally:
+        hook.remove()
+    assert kind is FailureKind.OUT_OF_MEMORY
+    assert reason.startswith("RuntimeError: ")
+    assert len(rows_of(session, task)) == 6
+
+
+def no_such_device() -> torch.AcceleratorError:
+    return torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda: torch.OutOfMemoryError("CUDA out of memory"), FailureKind.OUT_OF_MEMORY),
+        (MemoryError, FailureKind.OUT_OF_MEMORY),
+        (lambda: pa.ArrowMemoryError("malloc of size 64 failed"), FailureKind.OUT_OF_MEMORY),
+        (no_such_device, FailureKind.DEVICE_LOST),
+        (lambda: ModelError("x"), FailureKind.MODEL_LOAD),
+        (lambda: DatasetError("x"), FailureKind.BAD_DATASET),
+        (lambda: RowMismatch("x"), FailureKind.BAD_DATASET),
+        (lambda: KnobError("x"), FailureKind.KNOB),
+        (lambda: SampleError("x"), FailureKind.BAD_SAMPLE),
+        (lambda: ValueError("out of memory"), FailureKind.ERROR),
+        (lambda: RuntimeError("CUDA error in a message decides nothing"), FailureKind.ERROR),
+    ],
+)
+def test_the_type_of_an_exception_decides_the_kind(make: Callable[[], Exception], kind: FailureKind) -> None:
+    assert _failure_kind(make()) is kind
+
+
+# -- what is kept warm ------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_kept_for_the_next_task_and_let_go_for_another(
+    session: Session, sources: dict[str, ModelSource]
+) -> None:
+    first, second = sources["tiny-smolvlm"], sources["tiny-internvl"]
+    rows_of(session, task_for(first))
+    kept = model_of(session)
+    rows_of(session, task_for(first, Kind.LATENCY, samples=2, active_blocks=(0,)))
+    assert model_of(session) is kept
+    weights = weakref.ref(kept.model)
+    del kept
+    rows_of(session, task_for(second))
+    assert model_of(session).card.name == "tiny-internvl"
+    assert weights() is None, "the weights of the first model still take memory"
+    rows_of(session, task_for(first))
+    assert model_of(session).card.name == "tiny-smolvlm"
+
+
+def test_another_dtype_is_another_model(session: Session, sources: dict[str, ModelSource]) -> None:
+    source = sources["tiny-internvl"]
+    rows_of(session, task_for(source))
+    rows = rows_of(session, task_for(replace(source, dtype="bfloat16")))
+    assert {row["dtype"] for row in rows} == {"bfloat16"}
+    assert model_of(session).model.dtype is torch.bfloat16
+
+
+def test_the_result_says_who_ran_it_and_when(session: Session, sources: dict[str, ModelSource]) -> None:
+    task = task_for(sources["tiny-smolvlm"])
+    for result in (session.run(task), session.run(replace(task, knobs=replace(task.knobs, moe_top_k=2)))):
+        assert result.task_id == "t1"
+        assert result.worker == {
+            "worker": "worker-1",
+            "host": session.found.host,
+            "device_name": session.found.name,
+        }
+        assert 0 < result.started_at <= result.finished_at

@@ -1,0 +1,82 @@
+"""The registered models that need no file, with weights sharp enough that every image, block and expert matters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from knobs.vision import VisionSetting
+from workers.models import REGISTERED, load
+from workers.models.adapter import Features, VisionLanguageModel
+from workers.models.processing import Inputs
+
+TINY = tuple(name for name, registered in REGISTERED.items() if registered.hub_id is None)
+NATIVE = VisionSetting()
+
+# Levels to try on each vision axis that a family may have; a new axis has to name its own here.
+LEVELS: dict[str, tuple[int | str, ...]] = {
+    "longest_edge": (32, 50, 64, 96, 128, 200),
+    "tiles": (1, 2, 3, 4, 6, 9, 12),
+}
+
+
+@cache
+def tiny_model(name: str) -> VisionLanguageModel:
+    """The model of this name in float32 on the CPU, made sharp; one per test session."""
+    vlm = load(name, dtype="float32", device="cpu")
+    sharpen(vlm.model)
+    return vlm
+
+
+def sharpen(model: torch.nn.Module, seed: int = 7) -> None:
+    """Give every parameter a size at which it counts; freshly initialised models nearly ignore their input."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            is_scale = parameter.ndim == 1 and name.endswith("weight")
+            parameter.copy_(1 + 0.1 * noise if is_scale else 0.15 * noise)
+
+
+def settings_of(vlm: VisionLanguageModel) -> list[VisionSetting]:
+    """Native, and every level to try on every vision axis of the model's family."""
+    geometry = vlm.card.geometry
+    offered = [VisionSetting(axis, level) for axis in geometry.axes for level in LEVELS[axis]]
+    return [NATIVE, *(setting for setting in offered if geometry.refuse(setting) is None)]
+
+
+def picture(height: int, width: int, seed: int = 0) -> Image.Image:
+    """A noisy gradient, so that every crop of it differs from every other."""
+    random = np.random.default_rng(seed)
+    ramp = np.linspace(0, 127, height * width).reshape(height, width, 1)
+    return Image.fromarray((ramp + random.integers(0, 128, (height, width, 3))).astype(np.uint8))
+
+
+@torch.inference_mode()
+def encoded(
+    vlm: VisionLanguageModel, images: Sequence[Image.Image], question: str, setting: VisionSetting = NATIVE
+) -> tuple[Inputs, Features]:
+    """Inputs on the device, and the features of their images."""
+    inputs = vlm.transfer(vlm.preprocess(images, question, setting))
+    return inputs, vlm.encode_images(inputs.vision)
+
+
+@torch.inference_mode()
+def logits(vlm: VisionLanguageModel, inputs: Inputs) -> torch.Tensor:
+    """Logits of the whole prompt by transformers' own forward, vision tower included; (1, tokens, vocabulary)."""
+    output: torch.Tensor = vlm.model(**inputs.prompt, **inputs.vision, use_cache=False).logits
+    return output
+
+
+def generated(vlm: VisionLanguageModel, inputs: Inputs, max_new_tokens: int, **options: Any) -> list[int]:
+    """Greedy tokens by transformers' own `generate`."""
+    out = vlm.model.generate(
+        **inputs.prompt, **inputs.vision, do_sample=False, max_new_tokens=max_new_tokens, **options
+    )
+    tokens: list[int] = out[0, inputs.prompt["input_ids"].shape[1] :].tolist()
+    return tokens
