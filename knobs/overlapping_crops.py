@@ -208,10 +208,11 @@ def prompt_image_length(rows: int, columns: int, force_full_tokens: bool = False
     return CELLS_PER_SIDE * (CELLS_PER_SIDE + 1) + grid_rows * (grid_columns + 1) + 4
 
 
-def crop_layout(rows: int, columns: int) -> VisionLayout:
+def crop_layout(rows: int, columns: int, force_full_tokens: bool = False) -> VisionLayout:
     """What a tiling promises; its `vision_tokens` are the tower's, of which the prompt may hold fewer."""
     crops = rows * columns
-    return VisionLayout((rows, columns), crops, crops + 1, tower_tokens(crops), *canvas_size(rows, columns))
+    in_prompt = prompt_vision_tokens(rows, columns, force_full_tokens)
+    return VisionLayout((rows, columns), crops, crops + 1, tower_tokens(crops), *canvas_size(rows, columns), in_prompt)
 
 
 def float32(value: float) -> float:

@@ -30,8 +30,9 @@ class VisionLayout:
         tiling: rows, columns of the crops; (1, 1) is an image that is not split.
         num_crops: crops without the global view (thumbnail).
         tower_passes: images that go through the vision tower: the crops and, where there is one, the global view.
-        vision_tokens: tokens that the tower and projector emit for the language model.
+        vision_tokens: tokens that the tower and projector emit.
         target_height, target_width: pixels of the canvas that is cut into crops.
+        prompt_vision_tokens: those of them that get a place in the prompt; crops that overlap share places.
     """
 
     tiling: tuple[int, int]
@@ -40,6 +41,7 @@ class VisionLayout:
     vision_tokens: int
     target_height: int
     target_width: int
+    prompt_vision_tokens: int
 
 
 def aspect_mismatch(height: int, width: int, layout: VisionLayout) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,17 @@ def save(vlm: VisionLanguageModel, folder: Path, max_shard_size: str = "5GB", ch
     tokenizer = byte_tokenizer(vlm.card.family.special_tokens)
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
-    IMAGE_PROCESSORS[vlm.card.family.name](**vlm.card.preprocessor).save_pretrained(folder)
+    save_preprocessor(vlm, folder)
     return folder
+
+
+def save_preprocessor(vlm: VisionLanguageModel, folder: Path) -> None:
+    """preprocessor_config.json, as the family's own class writes it where there is one."""
+    made_by = IMAGE_PROCESSORS.get(vlm.card.family.name)
+    if made_by is not None:
+        made_by(**vlm.card.preprocessor).save_pretrained(folder)
+    else:
+        (folder / "preprocessor_config.json").write_text(json.dumps(dict(vlm.card.preprocessor)))
 
 
 def save_llava(folder: Path) -> torch.nn.Module:

@@ -14,7 +14,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
-from checkpoints import chat_template, save, save_llava
+from checkpoints import chat_template, save, save_llava, save_preprocessor
 from tiny import NATIVE, TINY, encoded, generated, logits, picture, settings_of, tiny_model
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -24,7 +24,9 @@ from workers.errors import ModelError
 from workers.measure import time_answer
 from workers.models import REGISTERED, describe, load
 from workers.models.adapter import VisionLanguageModel
+from workers.models.byte_tokenizer import byte_tokenizer
 from workers.models.loading import load_source
+from workers.models.molmoe.checkpoint import save_published
 from workers.schema import ModelSource
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -39,7 +41,10 @@ PUBLISHED = {
     "internvl3-2b": 2088.96,
     "internvl3-8b": 7944.37,
     "qwen3-vl-30b-a3b": 31070.75,
+    "molmoe-1b": 7221.88,
 }
+# Families that write the prompt as the tokenizer's template says; Molmo's prompt is fixed.
+TEMPLATED = [name for name in TINY if name != "tiny-molmoe"]
 
 
 @pytest.fixture(scope="session")
@@ -136,6 +141,7 @@ def test_a_folder_without_a_tokenizer_has_no_processor(vlm: VisionLanguageModel,
         assert loaded.answer([(inputs, features)], 4) == vlm.answer([(inputs, features)], 4)
 
 
+@pytest.mark.parametrize("vlm", TEMPLATED, indirect=True)
 def test_the_template_of_the_tokenizer_writes_the_prompt(vlm: VisionLanguageModel, tmp_path: Path) -> None:
     processor: Any = vlm.processor
     save(vlm, tmp_path, chat_template=chat_template(template_image(vlm)))
@@ -151,6 +157,7 @@ def test_the_template_of_the_tokenizer_writes_the_prompt(vlm: VisionLanguageMode
     assert loaded.answer([encoded(loaded, images, QUESTION)], 6) == [generated(loaded, inputs, 6)]
 
 
+@pytest.mark.parametrize("vlm", TEMPLATED, indirect=True)
 def test_the_template_in_a_file_of_its_own(vlm: VisionLanguageModel, tmp_path: Path) -> None:
     template = chat_template(template_image(vlm))
     old, new = tmp_path / "old", tmp_path / "new"
@@ -160,6 +167,7 @@ def test_the_template_in_a_file_of_its_own(vlm: VisionLanguageModel, tmp_path: P
     assert_same_inputs(load(str(old), device="cpu"), load(str(new), device="cpu"))
 
 
+@pytest.mark.parametrize("vlm", TEMPLATED, indirect=True)
 def test_a_template_without_a_place_for_the_image(vlm: VisionLanguageModel, tmp_path: Path) -> None:
     save(vlm, tmp_path, chat_template=chat_template(""))
     with pytest.raises(ModelError, match=r"^the chat template leaves 0 places for 1 images$"):
@@ -170,6 +178,24 @@ def template_image(vlm: VisionLanguageModel) -> str:
     """What published templates write for an image: the image token, with the tokens round it where those are text."""
     processor: Any = vlm.processor
     return str(processor.prompt_image)
+
+
+def test_the_published_layout_of_molmoe_loads_by_its_folder(tmp_path: Path) -> None:
+    vlm = tiny_model("tiny-molmoe")
+    for form in ("safetensors", "bin"):
+        folder = tmp_path / form
+        save_published(vlm.model, folder, format=form)  # type: ignore[arg-type]
+        byte_tokenizer(vlm.card.family.special_tokens).save_pretrained(folder)
+        save_preprocessor(vlm, folder)
+        loaded = load(str(folder), device="cpu")
+        assert loaded.card.family.name == "molmoe"
+        inputs, _ = encoded(vlm, [picture(300, 420)], QUESTION)
+        assert torch.equal(logits(loaded, inputs), logits(vlm, inputs))
+        assert_same_inputs(loaded, vlm)
+    before = describe(str(folder)).fingerprint
+    with (folder / "pytorch_model.bin").open("ab") as file:
+        file.write(b"0")
+    assert describe(str(folder)).fingerprint != before
 
 
 def test_random_weights_for_a_folder(published: dict[str, Path]) -> None:

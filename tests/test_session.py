@@ -151,7 +151,10 @@ def test_accuracy_rows(session: Session, sources: dict[str, ModelSource], name: 
         assert (row["num_active_blocks"], row["active_blocks"]) == (3, [0, 1, 4])
         assert row["moe_top_k"] == model_of(session).card.moe_top_k
         assert (row["vision_knob"], row["vision_value"]) == ("native", None)
-        assert row["theoretical_vision_tokens"] == row["actual_vision_tokens"] > 0
+        layout = model_of(session).card.geometry.layout(row["image_height"], row["image_width"], VisionSetting())
+        assert layout is not None
+        assert row["theoretical_vision_tokens"] == layout.vision_tokens >= row["actual_vision_tokens"] > 0
+        assert row["actual_vision_tokens"] == layout.prompt_vision_tokens
         assert row["theoretical_num_crops"] == row["actual_num_crops"] > 0
         assert row["prompt_tokens"] > row["actual_vision_tokens"]
         assert row["image_aspect"] == row["image_width"] / row["image_height"]

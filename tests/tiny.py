@@ -22,25 +22,32 @@ NATIVE = VisionSetting()
 LEVELS: dict[str, tuple[int | str, ...]] = {
     "longest_edge": (32, 50, 64, 96, 128, 200),
     "tiles": (1, 2, 3, 4, 6, 9, 12),
+    "image_size": ("336x336", "336x560", "560x784"),
+    "vision_tokens": (288, 432, 720, 1008),
+    "crops": (1, 2, 3, 4),
+    "tier": ("low", "medium"),
 }
+
+# Standard deviation of the weights; Molmo's routing weights do not add up to one, so its blocks need larger ones.
+DEVIATIONS = {"tiny-molmoe": 0.3}
 
 
 @cache
 def tiny_model(name: str) -> VisionLanguageModel:
     """The model of this name in float32 on the CPU, made sharp; one per test session."""
     vlm = load(name, dtype="float32", device="cpu")
-    sharpen(vlm.model)
+    sharpen(vlm.model, deviation=DEVIATIONS.get(name, 0.15))
     return vlm
 
 
-def sharpen(model: torch.nn.Module, seed: int = 7) -> None:
+def sharpen(model: torch.nn.Module, seed: int = 7, deviation: float = 0.15) -> None:
     """Give every parameter a size at which it counts; freshly initialised models nearly ignore their input."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
             is_scale = parameter.ndim == 1 and name.endswith("weight")
-            parameter.copy_(1 + 0.1 * noise if is_scale else 0.15 * noise)
+            parameter.copy_(1 + 0.1 * noise if is_scale else deviation * noise)
 
 
 def settings_of(vlm: VisionLanguageModel) -> list[VisionSetting]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from knobs.vision import VisionGeometry, VisionLayout, VisionSetting
 
 if TYPE_CHECKING:
+    import torch
+
     from workers.models.processing import Processor
 
 Config = Mapping[str, Any]
@@ -32,33 +36,50 @@ class Registered:
     hub_id: str | None = None
 
 
-class Family(Protocol):
+class Family(ABC):
     """One file of this package: everything the project knows about one kind of model.
 
     Importing the file loads neither torch nor transformers, because a plan is made from it on machines without them;
-    `processor` runs on a worker and imports what it needs.
+    what runs on a worker imports what it needs.
+
+    Attributes:
+        name: of the family.
+        model_types: values of `model_type` in config.json that belong to it.
+        special_tokens: tokens that a tokenizer must have; used where a model has no tokenizer of its own.
+        weight_suffixes: files that weights are read from.
     """
 
-    @property
-    def name(self) -> str: ...
+    name: str
+    model_types: tuple[str, ...] = ()
+    special_tokens: tuple[str, ...] = ()
+    weight_suffixes: tuple[str, ...] = (".safetensors",)
 
     @property
-    def model_types(self) -> tuple[str, ...]:
-        """Values of `model_type` in config.json that belong to this family."""
+    @abstractmethod
+    def registered(self) -> Mapping[str, Registered]:
+        """Models that a sweep can name."""
 
-    @property
-    def registered(self) -> Mapping[str, Registered]: ...
-
-    @property
-    def special_tokens(self) -> tuple[str, ...]:
-        """Tokens that a tokenizer must have; used where a model has no tokenizer of its own (random weights)."""
-
+    @abstractmethod
     def token_ids(self, ids: Mapping[str, int]) -> dict[str, Any]:
         """Configuration entries that name special tokens, for a tokenizer with these ids."""
 
+    @abstractmethod
     def geometry(self, config: Config, preprocessor: Config) -> VisionGeometry: ...
 
+    @abstractmethod
     def processor(self, tokenizer: Any, config: Config, preprocessor: Config) -> Processor: ...
+
+    def language_model(self, config: Config) -> Config:
+        """The part of config.json that describes the language model, in transformers' words."""
+        text = config.get("text_config") or config.get("llm_config") or config
+        return text if isinstance(text, dict) else {}
+
+    def register_classes(self) -> None:  # noqa: B027  most families have nothing to add
+        """Make transformers' Auto classes know a model that transformers does not have."""
+
+    def load_weights(self, folder: Path, dtype: torch.dtype, device: torch.device, backends: Config) -> Any | None:
+        """The model from weights in a layout that transformers cannot read; None for what it can."""
+        return None
 
 
 class NativeGeometry:

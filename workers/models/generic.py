@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from knobs.vision import VisionSetting
-from workers.models.family import Config, NativeGeometry, Registered
+from workers.models.family import Config, Family, NativeGeometry, Registered
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -15,11 +14,8 @@ if TYPE_CHECKING:
     from workers.models.processing import Processor
 
 
-@dataclass(frozen=True)
-class Generic:
-    name: str = "generic"
-    model_types: tuple[str, ...] = ()
-    special_tokens: tuple[str, ...] = ()
+class Generic(Family):
+    name = "generic"
 
     @property
     def registered(self) -> Mapping[str, Registered]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from knobs.vision import VisionLayout, VisionSetting
-from workers.models.family import Config, Registered, as_int
+from workers.models.family import Config, Family, Registered, as_int
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -70,7 +70,7 @@ class InternVLGeometry:
         crops = rows * columns
         passes = crops + 1 if crops > 1 else 1
         tokens = passes * self.tokens_per_tile
-        return VisionLayout((rows, columns), crops, passes, tokens, rows * self.tile, columns * self.tile)
+        return VisionLayout((rows, columns), crops, passes, tokens, rows * self.tile, columns * self.tile, tokens)
 
     def pinned(self, setting: VisionSetting) -> VisionLayout | None:
         least, most = self.tile_range(setting)
@@ -129,11 +129,10 @@ def _preprocessor(tile: int) -> dict[str, Any]:
 _INTERN_VIT_300M = _vision(1024, 4096, 24, 16, 448, 14)
 
 
-@dataclass(frozen=True)
-class InternVL:
-    name: str = "internvl"
-    model_types: tuple[str, ...] = ("internvl",)
-    special_tokens: tuple[str, ...] = (START, CONTEXT, STOP)
+class InternVL(Family):
+    name = "internvl"
+    model_types = ("internvl",)
+    special_tokens = (START, CONTEXT, STOP)
 
     @property
     def registered(self) -> Mapping[str, Registered]:

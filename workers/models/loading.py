@@ -114,6 +114,7 @@ def build(
 def _random(card: ModelCard, dtype: torch.dtype, device: torch.device, backends: dict[str, Any]) -> Any:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
+    card.family.register_classes()
     config = AutoConfig.for_model(**card.config)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, **backends)
@@ -129,6 +130,10 @@ def _random(card: ModelCard, dtype: torch.dtype, device: torch.device, backends:
 def _from_checkpoint(card: ModelCard, dtype: torch.dtype, device: torch.device, backends: dict[str, Any]) -> Any:
     from transformers import AutoModelForImageTextToText
 
+    card.family.register_classes()
+    own = card.family.load_weights(_local_folder(card), dtype, device, backends)
+    if own is not None:
+        return own
     # Only safetensors, never code from the checkpoint: loading a model must not run a stranger's program.
     model, report = AutoModelForImageTextToText.from_pretrained(
         _place(card),
@@ -145,6 +150,18 @@ def _from_checkpoint(card: ModelCard, dtype: torch.dtype, device: torch.device, 
     if device.type == "cpu":
         _leave_the_file(model)
     return model.to(device)
+
+
+def _local_folder(card: ModelCard) -> Path:
+    """The folder of a checkpoint, downloaded if it is on the hub."""
+    if card.checkpoint.folder is not None:
+        return card.checkpoint.folder
+    from huggingface_hub import snapshot_download
+
+    wanted = [f"*{suffix}" for suffix in (*card.family.weight_suffixes, ".json", ".jinja", ".txt", ".model")]
+    return Path(
+        snapshot_download(str(card.checkpoint.hub_id), revision=card.checkpoint.revision, allow_patterns=wanted)
+    )
 
 
 def _leave_the_file(model: Any) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from knobs.vision import VisionLayout, VisionSetting
-from workers.models.family import Config, Registered
+from workers.models.family import Config, Family, Registered
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,7 @@ class QwenGeometry:
         factor = self.pixels_per_token
         target_height, target_width = resized(height, width, factor, self.least_pixels, self.most_pixels)
         tokens = (target_height // factor) * (target_width // factor)
-        return VisionLayout((1, 1), 1, 1, tokens, target_height, target_width)
+        return VisionLayout((1, 1), 1, 1, tokens, target_height, target_width, tokens)
 
     def pinned(self, setting: VisionSetting) -> VisionLayout | None:
         return None
@@ -78,11 +78,10 @@ def _text(
     }
 
 
-@dataclass(frozen=True)
-class Qwen3VLMoe:
-    name: str = "qwen3_vl_moe"
-    model_types: tuple[str, ...] = ("qwen3_vl_moe",)
-    special_tokens: tuple[str, ...] = (START, IMAGE, VIDEO, STOP)
+class Qwen3VLMoe(Family):
+    name = "qwen3_vl_moe"
+    model_types = ("qwen3_vl_moe",)
+    special_tokens = (START, IMAGE, VIDEO, STOP)
 
     @property
     def registered(self) -> Mapping[str, Registered]:

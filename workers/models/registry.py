@@ -15,9 +15,10 @@ from workers.errors import ModelError
 from workers.models import generic, internvl, qwen3_vl_moe, smolvlm
 from workers.models.byte_tokenizer import token_ids
 from workers.models.family import Config, Family, NativeGeometry, Registered
+from workers.models.molmoe import family as molmoe
 
 # The whole list of families; a new one is a file and a line here.
-FAMILIES: tuple[Family, ...] = (smolvlm.FAMILY, internvl.FAMILY, qwen3_vl_moe.FAMILY)
+FAMILIES: tuple[Family, ...] = (molmoe.FAMILY, smolvlm.FAMILY, internvl.FAMILY, qwen3_vl_moe.FAMILY)
 
 REGISTERED: Mapping[str, Registered] = {name: r for family in FAMILIES for name, r in family.registered.items()}
 
@@ -148,9 +149,11 @@ def _from_folder(name: str, folder: Path, random_weights: bool) -> ModelCard:
         # The tokenizer and its chat template still decide the prompts.
         fingerprint = f"random:{RANDOM_SEED}:{_digest_of_files(folder, _SMALL_FILES)}"
     else:
-        if not any(folder.glob("*.safetensors")):
-            raise ModelError(f"model folder {folder} has no *.safetensors; for random weights write weights: random")
-        fingerprint = f"files:{_digest_of_files(folder, (*_SMALL_FILES, '.safetensors'))}"
+        suffixes = family.weight_suffixes
+        if not any(path.suffix in suffixes for path in folder.iterdir()):
+            kinds = " or ".join(f"*{suffix}" for suffix in suffixes)
+            raise ModelError(f"model folder {folder} has no {kinds}; for random weights write weights: random")
+        fingerprint = f"files:{_digest_of_files(folder, (*_SMALL_FILES, *suffixes))}"
     return _card(name, family, Checkpoint(folder=folder), config, preprocessor, fingerprint)
 
 
@@ -169,9 +172,9 @@ def _from_hub(name: str, hub_id: str, revision: str | None, random_weights: bool
 def _card(
     name: str, family: Family, located: Checkpoint, config: Config, preprocessor: Config, fingerprint: str
 ) -> ModelCard:
-    text = _text_config(config)
+    text = family.language_model(config)
     if type(text.get("num_hidden_layers")) is not int:
-        text = _text_config(_with_defaults(config))
+        text = family.language_model(_with_defaults(config))
     blocks = text.get("num_hidden_layers")
     if type(blocks) is not int:
         raise ModelError(f"{name}: config.json does not say how many blocks the language model has (num_hidden_layers)")
@@ -184,11 +187,6 @@ def _card(
     if experts is None or experts < 2:
         experts = top_k = None
     return ModelCard(name, family, located, config, preprocessor, fingerprint, blocks, experts, top_k, geometry)
-
-
-def _text_config(config: Config) -> Config:
-    text = config.get("text_config") or config.get("llm_config") or config
-    return text if isinstance(text, dict) else {}
 
 
 def _with_defaults(config: Config) -> Config:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from knobs.vision import VisionLayout, VisionSetting
-from workers.models.family import Config, Registered, as_int
+from workers.models.family import Config, Family, Registered, as_int
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -80,16 +80,18 @@ class SmolVLMGeometry:
     def layout(self, height: int, width: int, setting: VisionSetting) -> VisionLayout:
         rows, columns = tiling(height, width, self.edge(setting), self.tile)
         if rows == 0:
-            return VisionLayout((1, 1), 1, 1, self.tokens_per_tile, self.tile, self.tile)
+            return self._one_tile()
         crops = rows * columns
         tokens = (crops + 1) * self.tokens_per_tile
-        return VisionLayout((rows, columns), crops, crops + 1, tokens, rows * self.tile, columns * self.tile)
+        return VisionLayout((rows, columns), crops, crops + 1, tokens, rows * self.tile, columns * self.tile, tokens)
 
     def pinned(self, setting: VisionSetting) -> VisionLayout | None:
         # One tile is one tile for every aspect; anything larger follows the image.
-        if self.edge(setting) == self.tile:
-            return VisionLayout((1, 1), 1, 1, self.tokens_per_tile, self.tile, self.tile)
-        return None
+        return self._one_tile() if self.edge(setting) == self.tile else None
+
+    def _one_tile(self) -> VisionLayout:
+        tokens = self.tokens_per_tile
+        return VisionLayout((1, 1), 1, 1, tokens, self.tile, self.tile, tokens)
 
 
 def _text(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocabulary: int) -> dict[str, Any]:
@@ -128,11 +130,10 @@ _SIGLIP_SO400M = _vision(1152, 4304, 27, 16, 384, 14)
 _HUB = "HuggingFaceTB/SmolVLM2-{}-Instruct"
 
 
-@dataclass(frozen=True)
-class SmolVLM:
-    name: str = "smolvlm"
-    model_types: tuple[str, ...] = ("smolvlm", "idefics3")
-    special_tokens: tuple[str, ...] = (
+class SmolVLM(Family):
+    name = "smolvlm"
+    model_types = ("smolvlm", "idefics3")
+    special_tokens = (
         FAKE,
         IMAGE,
         GLOBAL,
