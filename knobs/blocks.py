@@ -33,20 +33,24 @@ def refuse_blocks(active_blocks: int | Sequence[int], num_blocks: int) -> str | 
 
 
 @contextmanager
-def active_blocks(decoder: nn.Module, keep: Sequence[int] | None) -> Iterator[None]:
+def active_blocks(decoder: nn.Module, keep: int | Sequence[int] | None) -> Iterator[None]:
     """Run only the blocks `keep` of `decoder.layers` inside the block; None, or all of them, costs nothing.
+
+    `keep` is a list of indices, or a count of blocks from the first on, as in a sweep.
 
     A skipped block passes the residual stream through and owns no cache memory: its cache slot becomes transformers'
     `DummyLayer`, which sequence lengths and attention masks step over. Block indices stay what they were, so that
     layer types, rotary tables and deep-stack features that are addressed by position remain right.
 
     Raises:
-        KnobError: an index that the decoder does not have, or an empty list.
+        KnobError: an index or a count that the decoder does not have, or an empty list.
     """
     layers: Any = decoder.layers
-    if keep is not None and (reason := refuse_blocks(tuple(keep), len(layers))):
-        raise KnobError(f"active_blocks {list(keep)}: {reason}")
-    skip = [] if keep is None else sorted(set(range(len(layers))) - set(keep))
+    asked = keep if keep is None or isinstance(keep, int) else list(keep)
+    if asked is not None and (reason := refuse_blocks(asked, len(layers))):
+        raise KnobError(f"active_blocks {asked}: {reason}")
+    kept = prefix_blocks(asked, len(layers)) if isinstance(asked, int) else asked
+    skip = [] if kept is None else sorted(set(range(len(layers))) - set(kept))
     if not skip:
         yield
         return

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from knobs.vision import VisionSetting
 from workers.schema import ModelSource, Task
 
-# Tasks of one group share a loaded model and the preprocessing of their images.
+# Tasks of one group share a loaded model and what their images become.
 Group = tuple[ModelSource, VisionSetting]
 
 
@@ -59,10 +59,14 @@ class Backlog:
         """Whether any waiting task may run on this kind of device."""
         return bool(self._lines[accelerator] or self._lines[None])
 
-    def take_model(self, model: ModelSource) -> list[Task]:
-        """Remove and return every waiting task of a model, for one that cannot be loaded."""
+    def take_model(self, model: ModelSource, accelerator: str, *, any_device: bool) -> list[Task]:
+        """Remove and return the waiting tasks of a model that cannot be loaded on this kind of device.
+
+        Args:
+            any_device: also those that any device may run.
+        """
         taken: list[Task] = []
-        for line in self._lines.values():
+        for line in [self._lines[accelerator], *([self._lines[None]] if any_device else [])]:
             for group in [group for group in line if group[0] == model]:
                 taken += line.pop(group)
         return taken

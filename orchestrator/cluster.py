@@ -40,6 +40,9 @@ class Pool:
     threads: int
     min_memory_gb: float | None = None
 
+    def __str__(self) -> str:
+        return f"{self.workers} x {self.accelerator} with {self.threads} thread{'' if self.threads == 1 else 's'} each"
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -78,13 +81,13 @@ def connect(address: str | None) -> Cluster:
     try:
         context = ray.init(wanted, include_dashboard=True, **quiet) if wanted == "local" else ray.init(wanted, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        hint = "; start one with `ray start --head`, or leave --address out for a private local one"
-        raise ClusterError(f"no Ray cluster at {wanted} ({str(error).splitlines()[0]}){hint}") from None
+        raise ClusterError(_refused(wanted, error)) from None
     nodes = [node for node in ray.nodes() if node["Alive"]]
     gpus: dict[str, int] = {}
     for node in nodes:
-        for kind in _kinds(node):
-            gpus[kind] = gpus.get(kind, 0) + int(node["Resources"].get("GPU", 0))
+        count = int(node["Resources"].get("GPU", 0))
+        for kind in _kinds(node) if count else ():
+            gpus[kind] = gpus.get(kind, 0) + count
     cpus = int(sum(node["Resources"].get("CPU", 0) for node in nodes))
     dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else None
     if dashboard and wanted == "local" and os.environ.get("RAY_AUTH_MODE") != "disabled":
@@ -95,7 +98,7 @@ def connect(address: str | None) -> Cluster:
 
 
 def pools_for(sweep: Sweep, accelerators: Sequence[str], cluster: Cluster) -> list[Pool]:
-    """One pool per kind of device.
+    """One pool per kind of device, with no more workers than the cluster has devices.
 
     Raises:
         ClusterError: the sweep names a kind that the cluster does not have.
@@ -150,8 +153,23 @@ def _kinds(node: dict[str, Any]) -> list[str]:
     return [name.removeprefix(prefix) for name in node["Resources"] if name.startswith(prefix)]
 
 
+def _refused(address: str, error: BaseException) -> str:
+    """One line for a connection that Ray gave up, with its own reason."""
+    reasons = [str(e).strip().splitlines()[0] for e in (error.__cause__, error) if e is not None and str(e).strip()]
+    if any("auth" in reason.lower() or "token" in reason.lower() for reason in reasons):
+        hint = "it asks for a token, which the variable RAY_AUTH_TOKEN holds for those who may enter"
+    else:
+        hint = "start one with `ray start --head`, or leave --address out for a private local one"
+    return f"cannot join the Ray cluster at {address} ({reasons[0] if reasons else type(error).__name__}); {hint}"
+
+
 def _probe(address: str) -> None:
     """Knock at the address, so that a wrong one is an answer within seconds."""
+    if address.startswith(("http://", "https://")):
+        raise ClusterError(
+            f"{address} is the address of a dashboard, which takes jobs; to run from here give HOST:6379 or "
+            "ray://HOST:10001 (--address, or RAY_ADDRESS)"
+        )
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         raise ClusterError(

@@ -49,7 +49,12 @@ class PlannedDataset:
 
 @dataclass(frozen=True)
 class Combination:
-    """A row of the product: one point of the knob grid on one model, kind of device and data set."""
+    """A row of the product: one point of the knob grid on one model, kind of device and data set, measured one way.
+
+    Attributes:
+        pinned: what the knobs promise where every image gets the same.
+        timed, scored: how it is measured; None for what is off.
+    """
 
     combination_id: str
     model: ModelSource
@@ -57,6 +62,8 @@ class Combination:
     pinned: VisionLayout | None
     accelerator: str
     dataset: DatasetSource
+    timed: Protocol | None
+    scored: Protocol | None
     latency_tasks: tuple[str, ...] = ()
     accuracy_tasks: tuple[str, ...] = ()
 
@@ -215,9 +222,10 @@ def _combine(
     dataset: PlannedDataset,
     accelerator: str,
 ) -> tuple[Combination, list[Task]]:
-    combination_id = digest({"combination": _combination_identity(model, knobs, dataset.source)})
-    latency = list(_latency_tasks(sweep, model, knobs, dataset, accelerator, combination_id))
-    accuracy = list(_accuracy_tasks(sweep, model, knobs, dataset, combination_id))
+    timed, scored = _timed_protocol(sweep), _scored_protocol(sweep, dataset)
+    combination_id = digest(combination_identity(model, knobs, dataset.source, timed, scored))
+    latency = list(_latency_tasks(sweep, model, knobs, dataset, timed, accelerator, combination_id))
+    accuracy = list(_accuracy_tasks(sweep, model, knobs, dataset, scored, combination_id))
     combination = Combination(
         combination_id,
         model,
@@ -225,38 +233,61 @@ def _combine(
         pinned,
         accelerator,
         dataset.source,
+        timed,
+        scored,
         tuple(task.task_id for task in latency),
         tuple(task.task_id for task in accuracy),
     )
     return combination, latency + accuracy
 
 
-def _latency_tasks(
-    sweep: Sweep, model: ModelSource, knobs: Knobs, dataset: PlannedDataset, accelerator: str, combination_id: str
-) -> Iterator[Task]:
+def _timed_protocol(sweep: Sweep) -> Protocol | None:
     settings = sweep.latency
     if settings is None:
-        return
-    protocol = Protocol(
+        return None
+    return Protocol(
         max_new_tokens=settings.output_tokens,
         batch_size=settings.batch_size,
         repeats=settings.repeats,
         warmup=settings.warmup,
     )
-    samples = dataset.samples[: settings.samples]
-    yield _task(sweep, Kind.LATENCY, model, knobs, dataset.source, samples, protocol, accelerator, combination_id)
 
 
-def _accuracy_tasks(
-    sweep: Sweep, model: ModelSource, knobs: Knobs, dataset: PlannedDataset, combination_id: str
-) -> Iterator[Task]:
+def _scored_protocol(sweep: Sweep, dataset: PlannedDataset) -> Protocol | None:
     if sweep.accuracy is None:
-        return
-    protocol = Protocol(
+        return None
+    return Protocol(
         max_new_tokens=dataset.max_new_tokens,
         batch_size=sweep.accuracy.batch_size,
         metric=dataset.source.metric,
     )
+
+
+def _latency_tasks(
+    sweep: Sweep,
+    model: ModelSource,
+    knobs: Knobs,
+    dataset: PlannedDataset,
+    protocol: Protocol | None,
+    accelerator: str,
+    combination_id: str,
+) -> Iterator[Task]:
+    if sweep.latency is None or protocol is None:
+        return
+    samples = dataset.samples[: sweep.latency.samples]
+    yield _task(sweep, Kind.LATENCY, model, knobs, dataset.source, samples, protocol, accelerator, combination_id)
+
+
+def _accuracy_tasks(
+    sweep: Sweep,
+    model: ModelSource,
+    knobs: Knobs,
+    dataset: PlannedDataset,
+    protocol: Protocol | None,
+    combination_id: str,
+) -> Iterator[Task]:
+    if protocol is None:
+        return
     for begin in range(0, len(dataset.samples), SAMPLES_PER_ACCURACY_TASK):
         samples = dataset.samples[begin : begin + SAMPLES_PER_ACCURACY_TASK]
         yield _task(sweep, Kind.ACCURACY, model, knobs, dataset.source, samples, protocol, None, combination_id)
@@ -296,11 +327,28 @@ def task_identity(task: Task) -> dict[str, Any]:
         "groups": [columns.image_id, columns.question_type] if task.kind is Kind.ACCURACY else None,
         "prompt": task.dataset.prompt,
         "protocol": asdict(task.protocol),
-        **_combination_identity(task.model, task.knobs, task.dataset),
+        **_point_identity(task.model, task.knobs, task.dataset),
     }
 
 
-def _combination_identity(model: ModelSource, knobs: Knobs, dataset: DatasetSource) -> dict[str, Any]:
+def combination_identity(
+    model: ModelSource, knobs: Knobs, dataset: DatasetSource, timed: Protocol | None, scored: Protocol | None
+) -> dict[str, Any]:
+    """Everything that decides what the numbers of a combination mean, so that two ways to measure are two rows.
+
+    Not the samples: more of them are a better estimate of the same, and replace its row. Not the kind of device either:
+    the same combination on two of them is compared by this id.
+    """
+    return {
+        "protocol_version": PROTOCOL_VERSION,
+        "prompt": dataset.prompt,
+        "latency": None if timed is None else asdict(timed),
+        "accuracy": None if scored is None else asdict(scored),
+        **_point_identity(model, knobs, dataset),
+    }
+
+
+def _point_identity(model: ModelSource, knobs: Knobs, dataset: DatasetSource) -> dict[str, Any]:
     return {"model": _model_identity(model), "knobs": asdict(knobs), "dataset": [dataset.name, dataset.split]}
 
 

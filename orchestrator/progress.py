@@ -15,20 +15,22 @@ from orchestrator.schedule import Outcome
 
 # In a log, one line now and then says as much as ten a second.
 SECONDS_BETWEEN_LINES = 10.0
+# Without news, a sign of life comes as often as this.
+SECONDS_BETWEEN_SIGNS_OF_LIFE = 30.0
 
 
 class ProgressReport:
     """Counts tasks as they end and shows it; a context manager."""
 
-    def __init__(self, total: int, done_before: int = 0) -> None:
+    def __init__(self, total: int, done_before: int = 0, failed_before: int = 0) -> None:
         """
         Args:
             total: tasks of the plan.
-            done_before: how many of them earlier runs have done.
+            done_before, failed_before: how many of them have ended in earlier runs.
         """
         self._total = total
-        self._counts: Counter[str] = Counter(done=done_before)
-        self._done_before = done_before
+        self._counts: Counter[str] = Counter(done=done_before, failed=failed_before)
+        self._ended_before = done_before + failed_before
         self._begun = time.monotonic()
         self._last_line = self._begun
         self._console = Console(file=sys.stderr)
@@ -44,7 +46,7 @@ class ProgressReport:
                 TextColumn("{task.fields[note]}"),
                 console=self._console,
             )
-            self._row = self._bar.add_task("tasks", total=total, completed=done_before, note="")
+            self._row = self._bar.add_task("tasks", total=total, completed=self._ended_before, note="")
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -69,6 +71,14 @@ class ProgressReport:
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._line()
 
+    def heartbeat(self, state: str) -> None:
+        """Called often with what the workers are doing; shown when nothing else has been for a while."""
+        if self._bar is not None:
+            if self._counts.total() == self._ended_before:
+                self._bar.update(self._row, note=state)
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_SIGNS_OF_LIFE:
+            self._line(f"; {state}")
+
     def say(self, text: str) -> None:
         """A line that stays."""
         if self._bar is not None:
@@ -76,14 +86,14 @@ class ProgressReport:
         else:
             print(text, file=sys.stderr, flush=True)
 
-    def _line(self) -> None:
+    def _line(self, more: str = "") -> None:
         self._last_line = time.monotonic()
         done, failed = self._counts["done"], self._counts["failed"]
         elapsed = self._last_line - self._begun
         left = self._total - done - failed
-        here = done + failed - self._done_before
+        here = done + failed - self._ended_before
         rest = f", about {_duration(elapsed / here * left)} left" if here and left else ""
-        line = f"{done} of {self._total} tasks done, {failed} failed, {_duration(elapsed)} elapsed{rest}"
+        line = f"{done} of {self._total} tasks done, {failed} failed, {_duration(elapsed)} elapsed{rest}{more}"
         print(line, file=sys.stderr, flush=True)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +12,23 @@ import pandas as pd
 from orchestrator.analysis import aggregate
 from orchestrator.plan import Combination, Plan, Skip, digest
 from orchestrator.spec import VISION_AXES, Sweep
-from orchestrator.store import Place, ResultStore
+from orchestrator.store import DamagedParts, Place, ResultStore
+from workers.datasets import fingerprint
 from workers.schema import SCHEMA_VERSION, Kind, Status, Task, knob_columns, to_table
 
 if TYPE_CHECKING:
     from orchestrator.schedule import Outcome
 
+# Enough to tell the sample sets of a result folder apart, and short enough for a table.
+SAMPLES_DIGEST_DIGITS = 16
+
 
 class Recorder:
-    """Knows which tasks of a plan have ended, and keeps the result folder in step with them."""
+    """Knows which tasks of a plan have ended, and keeps the result folder in step with them.
+
+    A part that turns out to be damaged when it is read leaves its task not ended: found by `catch_up`, this run does it
+    again, found later, the next run of the same command does. The store warns of it.
+    """
 
     def __init__(self, store: ResultStore, sweep: Sweep, plan: Plan, *, retry_failed: bool = False) -> None:
         """
@@ -47,7 +55,7 @@ class Recorder:
         for skip in self._plan.skips:
             self._record_skip(skip)
         for task in self._plan.tasks:
-            if task.task_id in self.done and self._store.stamp("tasks", task.task_id) != Status.DONE:
+            if task.task_id in self.done and self._ended(task.task_id)[0] != Status.DONE:
                 self._record_recovered(task)
         for combination in self._plan.combinations:
             self._aggregate(combination)
@@ -84,16 +92,20 @@ class Recorder:
         stamp = digest({"done": [[task_id, self._part_stamp(task_id)] for task_id in done], "failed": failed})
         if self._store.stamp("combinations", combination.combination_id, place) == stamp:
             return
-        latency = self._store.rows(Kind.LATENCY, combination.latency_tasks)
-        accuracy = self._store.rows(Kind.ACCURACY, combination.accuracy_tasks)
+        latency = self._whole_rows(Kind.LATENCY, combination.latency_tasks)
+        accuracy = self._whole_rows(Kind.ACCURACY, combination.accuracy_tasks)
+        if not self.done.issuperset(done):
+            return  # a part was damaged: what is left would pass for the whole
         lost = {ref.uid for task_id in failed for ref in self._tasks[task_id].samples}
-        row = self._identity(combination) | aggregate(latency, accuracy, lost)
+        behind = {"task_ids": done, "samples_digest": self._samples_digest(done, latency, accuracy)}
+        row = self._identity(combination) | behind | aggregate(latency, accuracy, lost)
         self._store.commit(
             "combinations", place, combination.combination_id, to_table("combinations", [row]), stamp=stamp
         )
 
     def _identity(self, combination: Combination) -> dict[str, Any]:
         model, pinned = combination.model, combination.pinned
+        timed, scored = combination.timed, combination.scored
         promised: dict[str, Any] = {}
         if pinned is not None:
             promised = {
@@ -105,6 +117,15 @@ class Recorder:
         return (
             promised
             | knob_columns(combination.knobs)
+            | {
+                "prompt": combination.dataset.prompt,
+                "timed_output_tokens": timed and timed.max_new_tokens,
+                "timed_repeats": timed and timed.repeats,
+                "timed_warmup": timed and timed.warmup,
+                "timed_batch_size": timed and timed.batch_size,
+                "scored_max_new_tokens": scored and scored.max_new_tokens,
+                "scored_batch_size": scored and scored.batch_size,
+            }
             | {
                 "sweep": self._sweep.name,
                 "combination_id": combination.combination_id,
@@ -118,17 +139,30 @@ class Recorder:
             }
         )
 
+    def _samples_digest(self, done: list[str], latency: pd.DataFrame, accuracy: pd.DataFrame) -> str | None:
+        """Of the samples that were scored, or of the timed ones where none was."""
+        scored, timed = (set(rows.loc[rows["status"] == "done", "sample_id"]) for rows in (accuracy, latency))
+        behind = scored or timed
+        refs = {ref for task_id in done for ref in self._tasks[task_id].samples if ref.uid in behind}
+        return fingerprint(list(refs))[:SAMPLES_DIGEST_DIGITS] if refs else None
+
     # -- tasks ------------------------------------------------------------------------------------------------------
 
     def _part_stamp(self, task_id: str) -> str | None:
         return self._store.stamp(self._tasks[task_id].kind, task_id)
 
     def _failed_before(self, task_id: str) -> bool:
-        return self._store.stamp("tasks", task_id) == Status.FAILED
+        return self._ended(task_id)[0] == Status.FAILED
+
+    def _ended(self, task_id: str) -> tuple[str, int]:
+        """How a task ended, as its row says ('' if there is none), and how many of its rows failed."""
+        status, _, failed_rows = (self._store.stamp("tasks", task_id) or "").partition(" ")
+        return status, int(failed_rows or 0)
 
     def _record_task(self, place: Place, task: Task, row: dict[str, Any]) -> None:
-        # How it ended is kept as the stamp too, so that a rerun need not open every part.
-        self._store.commit("tasks", place, task.task_id, to_table("tasks", [row]), stamp=row["status"])
+        # How it ended is kept as the stamp too, so that neither a rerun nor a summary need open every part.
+        stamp = f"{row['status']} {row['num_failed_rows'] or 0}"
+        self._store.commit("tasks", place, task.task_id, to_table("tasks", [row]), stamp=stamp)
 
     def _record_skip(self, skip: Skip) -> None:
         """A row per kind of device and data set, unless it is there with the same reason."""
@@ -145,30 +179,65 @@ class Recorder:
 
     def _record_recovered(self, task: Task) -> None:
         """A run died between the part and its task row; what the part says is still known, its times are not."""
-        rows = self._store.rows(task.kind, [task.task_id])
+        rows = self._whole_rows(task.kind, [task.task_id])
+        if task.task_id not in self.done:
+            return  # it is damaged
         place = Place(task.model.name, rows["accelerator"].iloc[0], task.dataset.name)
         row = _identity_of(task) | {
             "status": Status.DONE.value,
             "num_failed_rows": int((rows["status"] == Status.FAILED.value).sum()),
-            "worker": rows["worker"].iloc[0],
-            "device_name": rows["device_name"].iloc[0],
+            "worker": _first(rows["worker"]),
+            "device_name": _first(rows["device_name"]),
             "started_at": rows["started_at"].min(),
         }
         self._record_task(place, task, row)
 
+    # -- what there is ----------------------------------------------------------------------------------------------
+
     def results(self) -> pd.DataFrame:
         """The rows of this plan's combinations."""
-        rows = self._store.rows("combinations", dict.fromkeys(c.combination_id for c in self._plan.combinations))
+        names = dict.fromkeys(c.combination_id for c in self._plan.combinations)
+        try:
+            rows = self._store.rows("combinations", names)
+        except DamagedParts as damage:
+            # Nothing is lost with such a row: the parts that it was made from are there.
+            for combination in self._plan.combinations:
+                if combination.combination_id in damage.names:
+                    self._aggregate(combination)
+            rows = self._whole_rows("combinations", names)
         return rows[rows["accelerator"].isin(self._plan.accelerators)]
 
     def failed_rows(self) -> int:
         """How many rows of single samples failed inside tasks that are done."""
-        rows = self._store.rows("tasks", sorted(self.done))
-        return int(rows["num_failed_rows"].fillna(0).sum())
+        return sum(self._ended(task_id)[1] for task_id in self.done)
+
+    def failed_samples(self) -> pd.DataFrame:
+        """The samples behind those rows: `sample_id` and, as `error`, the first reason in the order of the plan.
+
+        Only tasks that have failed rows are opened, one at a time.
+        """
+        reasons: dict[str, str | None] = {}
+        for task in self._plan.tasks:
+            if task.task_id in self.done and self._ended(task.task_id)[1]:
+                rows = self._whole_rows(task.kind, [task.task_id], ["sample_id", "status", "error"])
+                broken = rows[rows["status"] == Status.FAILED.value]
+                for sample_id, error in zip(broken["sample_id"], broken["error"], strict=True):
+                    reasons.setdefault(sample_id, error)
+        return pd.DataFrame({"sample_id": list(reasons), "error": list(reasons.values())}, dtype=object)
 
     def failures(self) -> pd.DataFrame:
         """The task rows of what failed."""
-        return self._store.rows("tasks", sorted(self.failed))
+        return self._whole_rows("tasks", sorted(self.failed))
+
+    def _whole_rows(self, table: str, names: Iterable[str], columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """The rows of those parts that are whole; the tasks of the others have not ended any more."""
+        names = list(names)
+        try:
+            return self._store.rows(table, names, columns)
+        except DamagedParts as damage:
+            self.done -= damage.names
+            self.failed -= damage.names
+            return self._whole_rows(table, names, columns)
 
 
 def _tasks_of(combination: Combination) -> tuple[str, ...]:
@@ -205,6 +274,11 @@ def _task_row(outcome: Outcome) -> dict[str, Any]:
             "duration_s": result.finished_at - result.started_at,
         }
     )
+
+
+def _first(values: pd.Series) -> Any:
+    """The first value that is there: the row of a failed sample may say nothing."""
+    return next(iter(values.dropna()), None)
 
 
 def _requested_knobs(point: Mapping[str, Any]) -> dict[str, Any]:

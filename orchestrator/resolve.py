@@ -160,9 +160,16 @@ def resolve_datasets(sweep: Sweep, *, offline: bool = False) -> list[PlannedData
 def accelerators_wanted(sweep: Sweep, present: Sequence[str]) -> list[str]:
     """Kinds of device to time on: those the sweep names, else all that are there, else the CPU."""
     if sweep.hardware is not None:
-        named = [CPU if entry.accelerator.lower() == CPU else entry.accelerator for entry in sweep.hardware]
-        return list(dict.fromkeys(named))
+        return list(dict.fromkeys(_kind(entry.accelerator, present) for entry in sweep.hardware))
     return list(dict.fromkeys(present)) or [CPU]
+
+
+def _kind(written: str, present: Sequence[str]) -> str:
+    """A kind of device in the one spelling that ids are made of: the cluster's, or capitals for h100 and the like."""
+    if written.lower() == CPU:
+        return CPU
+    there = next((kind for kind in present if kind.lower() == written.lower()), None)
+    return there or (written.upper() if written.islower() else written)
 
 
 def _label(entry: ModelEntry, card: ModelCard) -> str:

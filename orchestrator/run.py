@@ -13,7 +13,14 @@ from orchestrator.plan import make_plan
 from orchestrator.resolve import accelerators_wanted, planned_models, refuse_unavailable, resolve
 from orchestrator.spec import SpecError, Sweep, load_sweep
 from orchestrator.store import ResultStore, StoreError, read_finished, results_folder
-from orchestrator.summary import print_combinations, print_failures, print_place, print_plan, print_results
+from orchestrator.summary import (
+    print_combinations,
+    print_failures,
+    print_place,
+    print_plan,
+    print_results,
+    print_warnings,
+)
 from workers.probes import local_accelerators
 
 if TYPE_CHECKING:
@@ -36,19 +43,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             in_job="RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ,
         )
         print_place(root)
-        return dry_run(sweep, root) if options.dry_run else run(sweep, root, options.address, options.retry_failed)
+        if options.dry_run:
+            return dry_run(sweep, root, options.address)
+        return run(sweep, root, options.address, options.retry_failed)
     except (SpecError, StoreError) as error:
         print(error, file=sys.stderr)
         return WRONG
     except KeyboardInterrupt:
+        print("interrupted before anything was measured", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would complain once more
         return READER_GONE
 
 
-def dry_run(sweep: Sweep, root: Path) -> int:
+def dry_run(sweep: Sweep, root: Path, address: str | None) -> int:
     """Show what a run would do, without torch, Ray, weights or network."""
+    if sweep.hardware is None and (address or os.environ.get("RAY_ADDRESS")):
+        print("note: a dry run asks no cluster, so this is the plan for this machine; name its devices under hardware")
     accelerators = accelerators_wanted(sweep, local_accelerators())
     cards, datasets = resolve(sweep, offline=True)
     plan = make_plan(sweep, planned_models(sweep, cards, accelerators), datasets, accelerators)
@@ -83,15 +95,18 @@ def run(sweep: Sweep, root: Path, address: str | None, retry_failed: bool) -> in
         plan = make_plan(sweep, planned_models(sweep, cards, accelerators), datasets, accelerators)
         recorder = Recorder(store, sweep, plan, retry_failed=retry_failed)
         print(f"cluster: {cluster.address} with {cluster}; dashboard {cluster.dashboard or 'off'}")
-        print_plan(plan, accelerators, recorder.done, recorder.failed)
+        print(f"workers: {', '.join(map(str, pools))}")
         recorder.catch_up()
-        with ProgressReport(len(plan.tasks), len(recorder.done)) as progress:
-            for warning in store.warnings:
-                progress.say(f"warning: {warning}")
-            for outcome in Scheduler(pools, interruption).run(recorder.todo()):
+        print_plan(plan, accelerators, recorder.done, recorder.failed)
+        if not plan.tasks:
+            what = "nothing to run, no model of the sweep can take any of the combinations"
+            raise SpecError([sweep.problem("knobs", what)])
+        print_warnings(store.warnings)
+        with ProgressReport(len(plan.tasks), len(recorder.done), len(recorder.failed)) as progress:
+            for outcome in Scheduler(pools, interruption, progress.heartbeat).run(recorder.todo()):
                 recorder.commit(outcome)
                 progress.ended(outcome)
-        return _conclude(recorder, len(plan.tasks), root, interrupted=interruption())
+        return _conclude(recorder, store, len(plan.tasks), interrupted=interruption())
     except ClusterError as error:
         print(error, file=sys.stderr)
         return WRONG
@@ -101,18 +116,19 @@ def run(sweep: Sweep, root: Path, address: str | None, retry_failed: bool) -> in
         store.close()
 
 
-def _conclude(recorder: Recorder, total: int, root: Path, *, interrupted: bool) -> int:
+def _conclude(recorder: Recorder, store: ResultStore, total: int, *, interrupted: bool) -> int:
     results, failures = recorder.results(), recorder.failures()
-    failed_rows = recorder.failed_rows()
+    failed_rows, failed_samples = recorder.failed_rows(), recorder.failed_samples()
+    print_warnings(store.warnings)
     if len(results):
         print_results(results)
-    print_failures(failures, failed_rows)
+    print_failures(failures, failed_rows, failed_samples)
     if interrupted:
         print(f"interrupted: {len(recorder.done)} of {total} tasks are done; the same command goes on from there")
-    print_place(root)
+    print_place(store.root)
     if interrupted:
         return INTERRUPTED
-    return SOME_FAILED if len(failures) or failed_rows else DONE
+    return SOME_FAILED if len(failures) or failed_rows or recorder.todo() else DONE
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -22,6 +22,8 @@ MOST_ATTEMPTS = 3
 MOST_FAILED_STARTS = 3
 # A second task waits in the worker's process, so that the device never waits for the driver.
 TASKS_PER_WORKER = 2
+# How often in a row a device may be lost under a worker before it is given up.
+MOST_LOSSES = 3
 # How long one wait for results may take; bounds how late an interruption is noticed.
 WAIT_SECONDS = 0.25
 
@@ -63,6 +65,7 @@ class Slot:
     last: Task | None = None
     starts: int = 0
     failed_starts: int = 0
+    losses: int = 0
     not_before: float = 0.0
     retired: str | None = None
 
@@ -70,11 +73,18 @@ class Slot:
 class Scheduler:
     """Runs a backlog on pools of workers."""
 
-    def __init__(self, pools: Sequence[Pool], interrupted: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        pools: Sequence[Pool],
+        interrupted: Callable[[], bool],
+        heartbeat: Callable[[str], None] = lambda state: None,
+    ) -> None:
         """
         Args:
             interrupted: asked often; once true, nothing more is dispatched and what has finished is handed out.
+            heartbeat: called often with what the workers are doing, in words.
         """
+        self._heartbeat = heartbeat
         self._slots = [Slot(pool, f"{pool.accelerator}-{i}".lower()) for pool in pools for i in range(pool.workers)]
         self._interrupted = interrupted
         self._attempts: Counter[str] = Counter()
@@ -93,6 +103,7 @@ class Scheduler:
                     return
                 self._fill(backlog)
                 self._check_workers_left(backlog)
+                self._heartbeat(self._state())
                 for slot in self._wait():
                     yield from self._collect(slot, backlog)
         finally:
@@ -132,6 +143,17 @@ class Scheduler:
         ready, _ = ray.wait(list(waiting), num_returns=1, timeout=WAIT_SECONDS)
         return [waiting[reference] for reference in ready]
 
+    def _state(self) -> str:
+        """What the workers are doing, in words."""
+        busy = sum(slot.up and bool(slot.given) for slot in self._slots)
+        starting = [slot.name for slot in self._slots if slot.actor is not None and not slot.up]
+        state = f"{busy} of {len(self._slots)} workers busy"
+        if starting:
+            state += (
+                f", {', '.join(starting[:3])}{', ...' if len(starting) > 3 else ''} starting or waiting for a place"
+            )
+        return state
+
     # -- taking -----------------------------------------------------------------------------------------------------
 
     def _collect(self, slot: Slot, backlog: Backlog) -> Iterator[Outcome]:
@@ -146,21 +168,27 @@ class Scheduler:
             backlog.put_back(task, front=True)
             return
         except _WORKER_GONE as error:
-            yield from self._bury(slot, backlog, error)
+            yield from self._bury(slot, backlog, f"its worker died: {_cause(error)}", FailureKind.WORKER_LOST)
             return
         except ray_errors.RayError as error:
             # The worker returns failures as data, so this is a call that could not even be made or answered.
             result = _failed(task, FailureKind.ERROR, f"{type(error).__name__}: {str(error).splitlines()[0]}")
-        slot.given.popleft()
         slot.failed_starts = 0
+        if result.failure is FailureKind.DEVICE_LOST:
+            yield from self._bury(slot, backlog, f"the device was lost: {result.reason}", FailureKind.DEVICE_LOST)
+            slot.losses += 1
+            if slot.losses >= MOST_LOSSES:
+                slot.retired = f"worker {slot.name} lost its device {slot.losses} times in a row: {result.reason}"
+            return
+        slot.losses = 0
+        slot.given.popleft()
         yield self._outcome(slot, task, result)
         if result.failure is FailureKind.MODEL_LOAD:
-            # Trying again for every task would fail as often as there are tasks.
-            for other in backlog.take_model(task.model):
-                yield self._outcome(slot, other, replace(result, task_id=other.task_id, traceback=None))
-        elif result.failure is FailureKind.DEVICE_LOST:
-            self._return_given(slot, backlog)
-            _kill(slot)
+            # Trying again for every task would fail as often as there are tasks. What another kind of device could
+            # still do is left to it.
+            alone = len({other.pool.accelerator for other in self._slots}) == 1
+            for other_task in backlog.take_model(task.model, slot.pool.accelerator, any_device=alone):
+                yield self._outcome(slot, other_task, replace(result, task_id=other_task.task_id, traceback=None))
 
     def _welcome(self, slot: Slot) -> None:
         try:
@@ -182,17 +210,17 @@ class Scheduler:
             return
         slot.up = True
 
-    def _bury(self, slot: Slot, backlog: Backlog, error: Exception) -> Iterator[Outcome]:
-        """A worker died: the oldest task is the suspect, the others were waiting behind it."""
+    def _bury(self, slot: Slot, backlog: Backlog, cause: str, kind: FailureKind) -> Iterator[Outcome]:
+        """A worker is gone, or no good any more: the oldest task is the suspect, the others waited behind it."""
         _, suspect = slot.given.popleft()
         self._return_given(slot, backlog)
         self._attempts[suspect.task_id] += 1
         if self._attempts[suspect.task_id] < MOST_ATTEMPTS:
             backlog.put_back(suspect, front=False)
         else:
-            reason = f"its worker died {MOST_ATTEMPTS} times while running it: {_cause(error)}"
+            reason = f"{MOST_ATTEMPTS} times while it ran, {cause}"
             self._attempts[suspect.task_id] -= 1  # the outcome counts the present attempt itself
-            yield self._outcome(slot, suspect, _failed(suspect, FailureKind.WORKER_LOST, reason))
+            yield self._outcome(slot, suspect, _failed(suspect, kind, reason))
         _kill(slot)
 
     def _return_given(self, slot: Slot, backlog: Backlog) -> None:
@@ -226,7 +254,9 @@ def _start(slot: Slot) -> None:
     slot.starts += 1
     # Ray frees the name of a dead actor a moment after its death, so a successor needs one of its own.
     ray_name = slot.name if slot.starts == 1 else f"{slot.name}-start-{slot.starts}"
-    slot.actor = ray.remote(Worker).options(**actor_options(slot.pool, ray_name)).remote(slot.name)
+    slot.actor = (
+        ray.remote(Worker).options(**actor_options(slot.pool, ray_name)).remote(slot.name, slot.pool.accelerator)
+    )
     slot.ready = slot.actor.ready.remote()
 
 

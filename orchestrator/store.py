@@ -12,10 +12,11 @@ A task is done when its part file, named by its id, has been renamed into place;
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,14 @@ def results_folder(results: str, sweep: str, *, root: str | None, in_job: bool) 
 
 class StoreError(Exception):
     """A result folder that cannot be used; one line with the place and the remedy."""
+
+
+class DamagedParts(StoreError):
+    """Parts turned out to be damaged when they were read; they are set aside, and `names` are missing from now on."""
+
+    def __init__(self, message: str, names: set[str]) -> None:
+        super().__init__(message)
+        self.names = names
 
 
 @dataclass(frozen=True)
@@ -136,7 +145,8 @@ class ResultStore:
         stamped = rows.replace_schema_metadata({**(rows.schema.metadata or {}), **metadata})
         path = self._path(table, place, name)
         parts = self._index(table).setdefault(name, {})
-        _replace(path, lambda temporary: pq.write_table(stamped, temporary))
+        # Without checksums a flipped bit may well be read back as another number.
+        _replace(path, lambda temporary: pq.write_table(stamped, temporary, write_page_checksum=True))
         if table != PART_PER_PLACE:
             for earlier in parts.keys() - {path}:
                 earlier.unlink(missing_ok=True)
@@ -154,10 +164,31 @@ class ResultStore:
         parts = self._index(table).get(name, {})
         return next(iter(parts.values()), None) if place is None else parts.get(self._path(table, place, name))
 
-    def rows(self, table: str, names: Iterable[str]) -> pd.DataFrame:
-        """The rows of some parts, wherever they are, with the partition columns; missing parts are left out."""
+    def rows(self, table: str, names: Iterable[str], columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """The rows of some parts, wherever they are, with the partition columns; missing parts are left out.
+
+        Args:
+            columns: of the rows; all by default.
+
+        Raises:
+            DamagedParts: some parts are damaged before their end, which is all that is read to find them. They are set
+                aside; asked again, the others are given.
+            StoreError: a part is there and cannot be read.
+        """
         index = self._index(table)
-        return _read([path for name in names for path in index.get(name, {})], table)
+        parts: list[pa.Table] = []
+        damaged: set[str] = set()
+        for name in names:
+            for path in list(index.get(name, {})):
+                try:
+                    parts.append(_part(path, table, columns))
+                except _Untrusted as error:
+                    self._set_aside(path, f"{error}; the same command makes again what it held")
+                    del index[name][path]
+                    damaged.add(name)
+        if damaged:
+            raise DamagedParts(f"{len(damaged)} parts of {self.root / table} are damaged; see the warnings", damaged)
+        return _frame(parts, table, columns)
 
     # -- files ------------------------------------------------------------------------------------------------------
 
@@ -225,16 +256,34 @@ def _parts(root: Path, table: str) -> list[Path]:
 
 
 def read_table(root: Path, table: str) -> pd.DataFrame:
-    """A table of any result folder, without opening it for writing."""
-    return _read(_parts(root, table), table)
+    """A table of any result folder, without opening it for writing.
+
+    Raises:
+        StoreError: a part cannot be read.
+    """
+    parts: list[pa.Table] = []
+    for path in _parts(root, table):
+        try:
+            parts.append(_part(path, table))
+        except _Untrusted as error:
+            raise StoreError(f"{path} {error}; remove it and run the sweep again") from None
+    return _frame(parts, table)
 
 
 def read_finished(root: Path, task_ids: Iterable[str]) -> tuple[set[str], set[str]]:
     """Which tasks are done and which failed, as the folder says, without opening it for writing."""
     wanted = set(task_ids)
     done = wanted & {path.stem for table in ("latency", "accuracy") for path in _trusted(root, table)}
-    rows = _read([path for path in _trusted(root, "tasks") if path.stem in wanted - done], "tasks")
-    return done, set(rows.loc[rows["status"] == "failed", "task_id"])
+    rest = [path for path in _trusted(root, "tasks") if path.stem in wanted - done]
+    return done, {path.stem for path in rest if _failed(path)}
+
+
+def _failed(path: Path) -> bool:
+    try:
+        status: list[str] = _part(path, "tasks", ["status"])["status"].to_pylist()
+    except _Untrusted:
+        return False
+    return status == ["failed"]
 
 
 def _trusted(root: Path, table: str) -> Iterator[Path]:
@@ -277,23 +326,39 @@ def _check_is_ours(root: Path, sweep: str) -> None:
         raise StoreError(f"{root}: belongs to sweep {content.get('sweep')!r}, not {sweep!r}; choose another folder")
 
 
-def _read(paths: list[Path], table: str) -> pd.DataFrame:
-    schema = arrow_schema(table)
-    frames: list[pa.Table] = []
-    for path in paths:
-        try:
-            part = pq.read_table(path, schema=schema, partitioning=None)
-        except (pa.ArrowException, OSError) as error:
-            # The index reads the end of every file only; damage further up shows here.
-            raise StoreError(f"{path}: cannot be read ({_cause(error)}); remove it and run the sweep again") from None
-        for column, folder in zip(reversed(PARTITIONS), path.parents, strict=False):
-            value = unquote(folder.name.removeprefix(f"{column.name}="))
-            part = part.add_column(0, column.name, pa.array([value] * len(part), pa.string()))
-        frames.append(part)
-    if not frames:
-        empty = pa.schema([(c.name, c.type) for c in (*PARTITIONS, *TABLES[table])])
-        frames.append(empty.empty_table())
-    frame: pd.DataFrame = pa.concat_tables(frames).to_pandas()
+def _part(path: Path, table: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of one part, with the partition columns.
+
+    Raises:
+        _Untrusted: it is damaged.
+        StoreError: the system does not let it be read.
+    """
+    try:
+        part = pq.read_table(
+            path,
+            columns=None if columns is None else list(columns),
+            schema=arrow_schema(table),
+            partitioning=None,
+            page_checksum_verification=True,
+        )
+    except FileNotFoundError:
+        raise StoreError(f"{path}: was removed while it was needed; run the sweep again") from None
+    except (pa.ArrowException, OSError) as error:
+        # The system's own refusals (permissions, too many open files) say nothing about what is in the file.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EIO):
+            raise StoreError(f"{path}: cannot be read ({_cause(error)}); see to it and run the sweep again") from None
+        raise _Untrusted(f"is damaged ({_cause(error)})") from None
+    for column, folder in zip(reversed(PARTITIONS), path.parents, strict=False):
+        value = unquote(folder.name.removeprefix(f"{column.name}="))
+        part = part.add_column(0, column.name, pa.array([value] * len(part), pa.string()))
+    return part
+
+
+def _frame(parts: list[pa.Table], table: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    if not parts:
+        declared = [c for c in TABLES[table] if columns is None or c.name in columns]
+        parts = [pa.schema([(c.name, c.type) for c in (*PARTITIONS, *declared)]).empty_table()]
+    frame: pd.DataFrame = pa.concat_tables(parts).to_pandas()
     return frame
 
 
@@ -314,7 +379,11 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        raise StoreError(f"{path.parent}: cannot be written ({_cause(error)}); nothing committed is lost") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise StoreError(
+            f"{path.parent}: cannot be written ({_cause(error)}); nothing committed is lost; "
+            f"{'free some space or ' if full else ''}choose another folder with --results"
+        ) from error
 
 
 def _cause(error: Exception) -> str:

@@ -19,6 +19,7 @@ from workers.schema import Kind
 WIDTH_OF_LOGS = 150
 # A failed sweep may have thousands; the table of tasks has them all.
 MOST_FAILURES_SHOWN = 10
+MOST_SAMPLES_SHOWN = 5
 
 
 def print_plan(plan: Plan, accelerators: Collection[str], done: Collection[str], failed: Collection[str]) -> None:
@@ -92,8 +93,13 @@ def print_results(rows: pd.DataFrame) -> None:
     console.print(table)
 
 
-def print_failures(failures: pd.DataFrame, failed_rows: int) -> None:
-    """A line per failed task, and the number of samples that failed inside finished ones."""
+def print_failures(failures: pd.DataFrame, failed_rows: int, failed_samples: pd.DataFrame | None = None) -> None:
+    """A line per failed task, and the samples that failed inside finished ones, each with a reason.
+
+    Args:
+        failed_rows: how many rows those samples have left.
+        failed_samples: see `Recorder.failed_samples`; without it only the rows are counted.
+    """
     for _, row in failures.head(MOST_FAILURES_SHOWN).iterrows():
         knobs = (
             f"{row['vision_knob']} top-k {_number(row['moe_top_k'], 0)} blocks {_number(row['num_active_blocks'], 0)}"
@@ -101,8 +107,28 @@ def print_failures(failures: pd.DataFrame, failed_rows: int) -> None:
         print(f"failed   {row['model']} {row['kind']} {knobs}: {row['failure']}: {row['reason']}")
     if len(failures) > MOST_FAILURES_SHOWN:
         print(f"failed   ... and {len(failures) - MOST_FAILURES_SHOWN} more, in the tasks table")
-    if failed_rows:
+    if failed_rows and failed_samples is not None and len(failed_samples):
+        _print_failed_samples(failed_samples, failed_rows)
+    elif failed_rows:
         print(f"failed   {_count(failed_rows, 'row')} of single samples, see the column error of the sample tables")
+
+
+def _print_failed_samples(samples: pd.DataFrame, rows: int) -> None:
+    print(f"failed   {_count(len(samples), 'sample')} in {_count(rows, 'row')}:")
+    for sample_id, error in samples[["sample_id", "error"]].head(MOST_SAMPLES_SHOWN).itertuples(index=False):
+        reason = next(iter(str(error or "no reason given").splitlines()))
+        # Most reasons name the sample already.
+        print(f"         {reason if reason.startswith(sample_id) else f'{sample_id}: {reason}'}")
+    if len(samples) > MOST_SAMPLES_SHOWN:
+        more = len(samples) - MOST_SAMPLES_SHOWN
+        print(f"         ... and {more} more, in the column error of the sample tables")
+
+
+def print_warnings(warnings: list[str]) -> None:
+    """Everything that was put right on the way, once; the list is emptied."""
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    warnings.clear()
 
 
 def print_place(root: Path) -> None:

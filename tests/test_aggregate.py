@@ -132,6 +132,13 @@ def test_devices_of_one_kind_with_two_names_are_both_named() -> None:
     assert found["device_name"] == "H100 PCIe, H100 SXM"
 
 
+@pytest.mark.parametrize("timed", [[], [failed_row(TIMED, B)], [timed_row(TIMED, A, valid=False)]])
+def test_where_nothing_was_timed_the_device_is_the_one_that_scored(timed: list[dict[str, Any]]) -> None:
+    scored = frame("accuracy", [scored_row(SCORED, A, device_name="A100 SXM"), failed_row(SCORED, B)])
+    assert aggregate(frame("latency", timed), scored)["device_name"] == "A100 SXM"
+    assert aggregate(frame("latency", [timed_row(TIMED, A)]), scored)["device_name"] == "Some GPU 80GB"
+
+
 # -- accuracy ---------------------------------------------------------------------------------------------------------
 
 

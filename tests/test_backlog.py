@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby, pairwise
 
+import pytest
 from handmade import KNOBS, MODEL, samples, task
 from hypothesis import given
 from hypothesis import strategies as st
@@ -124,14 +125,19 @@ def test_an_innocent_task_is_the_next_of_its_group_and_a_suspect_the_last(tasks:
         assert Counter(ids(order)) == Counter(ids([one for one in tasks if one.accelerator in (kind, None)]))
 
 
-@given(TASKS)
-def test_a_model_that_cannot_be_loaded_takes_all_of_its_tasks_with_it(tasks: list[Task]) -> None:
+@pytest.mark.parametrize("any_device", [True, False])
+@given(tasks=TASKS)
+def test_a_model_that_cannot_be_loaded_takes_its_tasks_for_that_device_with_it(
+    any_device: bool, tasks: list[Task]
+) -> None:
     backlog = Backlog(tasks)
-    taken = backlog.take_model(MODELS[0])
-    assert Counter(ids(taken)) == Counter(ids([one for one in tasks if one.model == MODELS[0]]))
-    assert backlog.take_model(MODELS[0]) == []
+    kinds = ("H100", None) if any_device else ("H100",)
+    hopeless = [one for one in tasks if one.model == MODELS[0] and one.accelerator in kinds]
+    taken = backlog.take_model(MODELS[0], "H100", any_device=any_device)
+    assert Counter(ids(taken)) == Counter(ids(hopeless))
+    assert backlog.take_model(MODELS[0], "H100", any_device=any_device) == []
     left = run_alone(backlog, "H100") + run_alone(backlog, "A100")
-    assert Counter(ids(left)) == Counter(ids([one for one in tasks if one.model != MODELS[0]]))
+    assert Counter(ids(left)) == Counter(ids(tasks)) - Counter(ids(hopeless))
 
 
 @given(TASKS)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -245,6 +246,25 @@ def test_unreadable_places(tmp_path: Path) -> None:
             Dataset.open(source(tmp_path / place))
         assert "\n" not in str(caught.value)
         assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("level", [datasets.logging.WARNING, datasets.logging.INFO])
+def test_the_library_logs_nothing_above_our_line(tmp_path: Path, level: int) -> None:
+    (tmp_path / "broken.jsonl").write_text('{"id": 1,\n')
+    logged: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    logger, was = logging.getLogger("datasets"), datasets.logging.get_verbosity()
+    logger.addHandler(handler)
+    datasets.logging.set_verbosity(level)
+    try:
+        with pytest.raises(DatasetError):
+            Dataset.open(source(tmp_path / "broken.jsonl"))
+        assert logged == []
+        assert datasets.logging.get_verbosity() == level, "the caller's own reads log as before"
+    finally:
+        datasets.logging.set_verbosity(was)
+        logger.removeHandler(handler)
 
 
 def test_no_rows(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from knobs.errors import KnobError
 from knobs.vision import VisionSetting
-from workers.errors import ModelError
+from workers.errors import ModelError, SampleError
 from workers.measure import time_answer
-from workers.models import REGISTERED, describe, load
+from workers.models import REGISTERED, describe, load, loading, registry
 from workers.models.adapter import VisionLanguageModel
 from workers.models.byte_tokenizer import byte_tokenizer
 from workers.models.loading import load_source
@@ -245,6 +245,12 @@ def test_the_stages_of_an_unregistered_family(llava_folder: Path) -> None:
     assert min(timing.vision_ms, timing.projector_ms, timing.prefill_ms, *timing.decode_step_ms) > 0
 
 
+def test_an_unregistered_family_needs_an_image(llava_folder: Path) -> None:
+    loaded = load(str(llava_folder), device="cpu")
+    with pytest.raises(SampleError, match=r"^there is no image; a question needs at least one$"):
+        loaded.preprocess([], QUESTION, NATIVE)
+
+
 def test_an_unregistered_family_has_native_images_only(llava_folder: Path) -> None:
     loaded = load(str(llava_folder), device="cpu")
     with pytest.raises(KnobError, match=r"^tiles=4: this family has no vision knob tiles$"):
@@ -406,6 +412,12 @@ def test_an_unknown_dtype() -> None:
     assert refusal("tiny-smolvlm", dtype="int3") == "dtype 'int3' is not one of float32, bfloat16, float16"
 
 
+def test_unknown_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before anything is looked up: no hub has a model for a misspelt word."""
+    monkeypatch.setattr(loading, "describe", lambda *_, **__: pytest.fail("looked up"))
+    assert refusal("tiny-smolvlm", weights="rnd") == "weights 'rnd' is not one of checkpoint, random"
+
+
 def test_a_checkpoint_of_a_model_that_has_none() -> None:
     expected = "tiny-smolvlm has no checkpoint, it exists with random weights only"
     assert refusal("tiny-smolvlm", weights="checkpoint") == expected
@@ -479,6 +491,36 @@ def test_a_fingerprint_changes_with_a_byte(damaged: Path, file: str) -> None:
         content[-1] ^= 1
     (damaged / file).write_bytes(content)
     assert describe(str(damaged)).fingerprint != before
+
+
+def test_weights_are_read_for_their_digest_once_per_process(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan and every change of model would otherwise read the whole checkpoint again."""
+    digest = registry.hashlib.file_digest
+    read: list[str] = []
+
+    def counted(file: Any, algorithm: str) -> Any:
+        read.append(Path(file.name).name)
+        return digest(file, algorithm)
+
+    monkeypatch.setattr(registry.hashlib, "file_digest", counted)
+    source = source_of(damaged)
+    assert "model.safetensors" in read
+    assert len(read) == len(set(read))
+    before = len(read)
+    load_source(source, torch.device("cpu"))
+    load_source(source, torch.device("cpu"))
+    assert len(read) == before
+
+    # The same length, and the time of a copy that keeps times: the content still counts.
+    weights = damaged / "model.safetensors"
+    times = weights.stat()
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(ModelError, match=r"^mine: .* changed since the sweep was planned$"):
+        load_source(source, torch.device("cpu"))
+    assert read[before:] == ["model.safetensors"]
 
 
 def test_random_weights_have_the_fingerprint_of_their_configuration(published: dict[str, Path]) -> None:

@@ -14,7 +14,7 @@ from tiny import NATIVE, generated, picture, tiny_model
 
 from knobs.vision import VisionSetting
 from workers.errors import SampleError
-from workers.measure import Timing, time_answer
+from workers.measure import Clock, Timing, time_answer
 from workers.models.adapter import DecodeState, Features, VisionLanguageModel
 from workers.models.processing import Inputs, Tensors
 from workers.schema import STAGES
@@ -38,14 +38,20 @@ def test_n_tokens_have_n_minus_one_decode_steps(vlm: VisionLanguageModel, count:
         assert timing.tpot_ms == timing.decode_ms / (count - 1)
 
 
-def test_stages_and_residual_make_the_total(vlm: VisionLanguageModel) -> None:
+def test_the_stages_are_adjacent_and_inside_the_total(vlm: VisionLanguageModel) -> None:
     timing = timed(vlm)
     stages = [getattr(timing, name) for name in STAGES]
     assert min(stages) > 0
-    assert sum(stages) + timing.residual_ms == pytest.approx(timing.total_ms, rel=1e-12)
-    assert timing.ttft_ms == pytest.approx(sum(stages[:-1]), rel=1e-9), "the stages are adjacent"
-    assert 0 <= timing.residual_ms < timing.total_ms
+    # Its two ends are marks of their own right, so this fails where a stage begins late or ends early.
+    assert timing.ttft_ms == pytest.approx(sum(stages[:-1]), rel=1e-9)
+    assert timing.residual_ms >= 0, "on a CPU both clocks are one, and total begins first and ends last"
     assert min(timing.decode_step_ms) > 0
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_an_answer_without_a_token_is_refused(vlm: VisionLanguageModel, count: int) -> None:
+    with pytest.raises(ValueError, match=rf"^output_tokens is {count}; prefill makes the first token"):
+        timed(vlm, count)
 
 
 def test_the_cache_grows_by_every_token_but_the_last(vlm: VisionLanguageModel) -> None:
@@ -131,6 +137,40 @@ def test_time_planted_in_one_stage_is_found_in_its_column(stage: str) -> None:
     assert max(found, key=found.__getitem__) == stage
     assert min(timing.total_ms for timing in timings) >= planted_ms
     assert stage == "decode_ms" or min(timing.ttft_ms for timing in timings) >= planted_ms
+
+
+@pytest.mark.parametrize("where", ["before the first mark", "after the last mark"])
+def test_time_outside_of_all_stages_is_found_in_the_residual_only(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Total is taken on its own: summing the stages would lose both."""
+    planted_ms = 50.0
+
+    class Slow(Clock):
+        """Starts late, or is waited for at the end, as a GPU that is still busy."""
+
+        marks = 0
+
+        def mark(self) -> Any:
+            if self.marks == 0 and where == "before the first mark":
+                time.sleep(planted_ms / 1e3)
+            self.marks += 1
+            return super().mark()
+
+        def synchronize(self) -> None:
+            if self.marks > 0 and where == "after the last mark":
+                time.sleep(planted_ms / 1e3)
+
+    monkeypatch.setattr("workers.measure.Clock", Slow)
+    timings = [timed(Planted(), output_tokens=2) for _ in range(3)]
+    assert min(timing.residual_ms for timing in timings) >= planted_ms
+    assert min(timing.total_ms for timing in timings) >= planted_ms
+    for name in (*STAGES, "ttft_ms"):
+        assert min(getattr(timing, name) for timing in timings) < planted_ms / 2, name
+
+
+def test_time_inside_the_stages_is_not_in_the_residual() -> None:
+    everywhere = dict.fromkeys(STAGES, 10.0)
+    residuals = [timed(Planted(**everywhere), output_tokens=3).residual_ms for _ in range(4)]
+    assert 0 <= min(residuals) < 5
 
 
 def test_every_decode_step_has_its_own_time() -> None:

@@ -206,6 +206,11 @@ def test_several_images_in_one_prompt(vlm: VisionLanguageModel) -> None:
     assert vlm.answer([(inputs, features), swapped], 10) == [expected, generated(vlm, swapped[0], 10)]
 
 
+def test_a_question_without_an_image_is_refused(vlm: VisionLanguageModel) -> None:
+    with pytest.raises(SampleError, match=r"^there is no image; a question needs at least one$"):
+        vlm.preprocess([], QUESTION, NATIVE)
+
+
 def test_features_serve_every_setting_of_the_other_knobs(vlm: VisionLanguageModel) -> None:
     inputs, kept = samples(vlm)[0]
     answers = set()
@@ -572,6 +577,24 @@ def test_blocks_that_are_not_there(vlm: VisionLanguageModel, keep: list[int], re
     with pytest.raises(KnobError) as caught:
         vlm.knobs(active_blocks=keep).__enter__()
     assert str(caught.value) == reason
+    assert own_forwards(vlm.model) == []
+
+
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_a_count_of_blocks_is_that_many_from_the_first_on(vlm: VisionLanguageModel, count: int) -> None:
+    sample = samples(vlm)[0]
+    with vlm.knobs(active_blocks=list(range(count))):
+        expected = vlm.answer([sample], 8)
+    with vlm.knobs(active_blocks=count):
+        assert len(own_forwards(vlm.model)) == 6 - count
+        assert vlm.answer([sample], 8) == expected
+
+
+@pytest.mark.parametrize("count", [0, -1, 7])
+def test_a_count_beyond_the_blocks(vlm: VisionLanguageModel, count: int) -> None:
+    expected = rf"^active_blocks {count}: the model has 6 blocks, so active_blocks must be 1 to 6$"
+    with pytest.raises(KnobError, match=expected), vlm.knobs(active_blocks=count):
+        pass
     assert own_forwards(vlm.model) == []
 
 

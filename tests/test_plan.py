@@ -18,13 +18,22 @@ from handmade import DATASET, KNOBS, MODEL, SCORED, TIMED, planned_dataset, samp
 from PIL import Image
 
 from knobs.vision import VisionSetting
-from orchestrator.plan import SAMPLES_PER_ACCURACY_TASK, Plan, PlannedDataset, PlannedModel, digest, expand, make_plan
+from orchestrator.plan import (
+    SAMPLES_PER_ACCURACY_TASK,
+    Plan,
+    PlannedDataset,
+    PlannedModel,
+    combination_identity,
+    digest,
+    expand,
+    make_plan,
+)
 from orchestrator.resolve import planned_models, resolve_models
 from orchestrator.sampling import STRATEGIES, sample
 from orchestrator.spec import parse_sweep
 from workers.datasets import Columns, DatasetSource
 from workers.models import describe
-from workers.schema import Kind, Knobs, ModelSource, Protocol, Task
+from workers.schema import PROTOCOL_VERSION, Kind, Knobs, ModelSource, Protocol, Task
 
 DENSE, SPARSE, TILED = (describe(name) for name in ("tiny-smolvlm", "tiny-qwen3-vl-moe", "tiny-internvl"))
 ALL_SIX = (0, 1, 2, 3, 4, 5)
@@ -259,6 +268,73 @@ def test_what_decides_only_times_or_only_scores_changes_the_ids_of_those() -> No
 @pytest.mark.parametrize("kind", Kind)
 def test_what_decides_no_result_leaves_the_id(kind: Kind, change: dict[str, Any]) -> None:
     assert task(kind, **change).task_id == task(kind).task_id
+
+
+GOLDEN_COMBINATION = "45d8f81f0475308fcbced47c73f1e5df"
+
+
+def combination_id(**changes: Any) -> str:
+    values = {"model": MODEL, "knobs": KNOBS, "dataset": DATASET, "timed": TIMED, "scored": SCORED} | changes
+    return digest(combination_identity(**values))
+
+
+def test_golden_id_of_a_combination() -> None:
+    assert combination_id() == GOLDEN_COMBINATION
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": replace(MODEL, fingerprint="files:fedcba9876543210")},
+        {"knobs": replace(KNOBS, moe_top_k=3)},
+        {"dataset": replace(DATASET, name="other")},
+        {"dataset": replace(DATASET, split="validation")},
+        {"dataset": replace(DATASET, prompt="{question} Be brief.")},
+        {"timed": None},
+        {"timed": replace(TIMED, max_new_tokens=16)},
+        {"timed": replace(TIMED, batch_size=2)},
+        {"timed": replace(TIMED, repeats=3)},
+        {"timed": replace(TIMED, warmup=0)},
+        {"scored": None},
+        {"scored": replace(SCORED, max_new_tokens=16)},
+        {"scored": replace(SCORED, batch_size=2)},
+        {"scored": replace(SCORED, metric="anls")},
+    ],
+    ids=repr,
+)
+def test_what_the_numbers_of_a_combination_mean_is_in_its_id(change: dict[str, Any]) -> None:
+    assert combination_id(**change) != combination_id()
+
+
+def test_where_files_are_is_not_in_the_id_of_a_combination() -> None:
+    assert combination_id(model=replace(MODEL, place="/elsewhere/small")) == combination_id()
+    assert combination_id(dataset=replace(DATASET, path="/elsewhere/questions.parquet")) == combination_id()
+
+
+def test_a_new_way_to_obtain_numbers_makes_new_combinations(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = combination_id()
+    monkeypatch.setattr("orchestrator.plan.PROTOCOL_VERSION", PROTOCOL_VERSION + 1)
+    assert combination_id() != before
+
+
+def test_another_latency_protocol_makes_another_combination_with_the_scores_that_are_there() -> None:
+    (short,) = plan_of(sweep(latency="{samples: 2, output_tokens: 4}")).combinations
+    (long,) = plan_of(sweep(latency="{samples: 2, output_tokens: 16}")).combinations
+    assert short.combination_id != long.combination_id
+    assert short.accuracy_tasks == long.accuracy_tasks
+    assert (short.timed and short.timed.max_new_tokens, long.timed and long.timed.max_new_tokens) == (4, 16)
+    # How many samples are timed decides how well the numbers are known, not what they mean.
+    (better,) = plan_of(sweep(latency="{samples: 4, output_tokens: 4}")).combinations
+    assert better.combination_id == short.combination_id
+    assert better.latency_tasks != short.latency_tasks
+
+
+def test_a_measurement_that_is_off_has_no_protocol() -> None:
+    (timed,) = plan_of(sweep(accuracy="off")).combinations
+    (scored,) = plan_of(sweep(latency="off")).combinations
+    assert (timed.scored, scored.timed) == (None, None)
+    assert timed.timed is not None
+    assert scored.scored is not None
 
 
 def test_nothing_that_travels_with_a_task_was_forgotten_by_the_tests_above() -> None:

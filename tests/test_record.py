@@ -18,6 +18,8 @@ from orchestrator.resolve import planned_models, resolve_models
 from orchestrator.schedule import Outcome
 from orchestrator.spec import Sweep, parse_sweep
 from orchestrator.store import ResultStore, StoreError
+from orchestrator.summary import print_failures
+from workers.datasets import fingerprint
 from workers.schema import COMBINATION_COLUMNS, FailureKind, Kind, Status, Task, TaskResult
 
 BEGIN = STARTED.timestamp()
@@ -161,6 +163,68 @@ def test_a_row_says_what_it_is_the_row_of(start: Any) -> None:
     assert all(pd.isna(row[name]) for name in null)
 
 
+def test_a_row_says_how_it_was_measured_and_on_which_samples(start: Any) -> None:
+    run: Run = start(sweep(knobs="{active_blocks: [6]}", latency="{samples: 2, repeats: 2, output_tokens: 9}"))
+    run.all_done()
+    (row,) = run.combinations().to_dict("records")
+    scored = run.task(Kind.ACCURACY)
+    expected = {
+        "prompt": "{question}",
+        "timed_output_tokens": 9,
+        "timed_repeats": 2,
+        "timed_warmup": 1,
+        "timed_batch_size": 1,
+        "scored_max_new_tokens": 8,
+        "scored_batch_size": 16,
+        "samples_digest": fingerprint(scored.samples)[:16],
+    }
+    assert {name: row[name] for name in expected} == expected
+    assert set(row["task_ids"]) == {task.task_id for task in run.plan.tasks}
+
+
+@pytest.mark.parametrize("off", ["latency", "accuracy"])
+def test_what_is_off_has_no_protocol_and_what_is_on_says_where_and_on_what(start: Any, off: str) -> None:
+    run: Run = start(sweep(knobs="{active_blocks: [6]}", **{off: "off"}))
+    run.all_done()
+    (row,) = run.combinations().to_dict("records")
+    (task,) = run.plan.tasks
+    null = {name for name in row if name.startswith(("timed_", "scored_")) and pd.isna(row[name])}
+    timed = {"timed_output_tokens", "timed_repeats", "timed_warmup", "timed_batch_size"}
+    assert null == (timed if off == "latency" else {"scored_max_new_tokens", "scored_batch_size"})
+    assert row["samples_digest"] == fingerprint(task.samples)[:16]
+    assert row["device_name"] == "Some GPU 80GB"
+
+
+def test_only_samples_with_a_score_are_in_the_digest(start: Any) -> None:
+    run: Run = start(sweep(knobs="{active_blocks: [6]}", latency="off"))
+    scored = run.task(Kind.ACCURACY)
+    run.done(scored, broken=[scored.samples[1].uid])
+    kept = [ref for ref in scored.samples if ref is not scored.samples[1]]
+    assert run.combinations()["samples_digest"].tolist() == [fingerprint(kept)[:16]]
+
+
+def test_rows_that_were_measured_in_two_ways_stand_side_by_side_and_can_be_told_apart(start: Any) -> None:
+    first: Run = start(sweep(knobs="{longest_edge: [32, 64, 96]}", latency="{samples: 2, output_tokens: 4}"))
+    first.all_done()
+    longer: Run = start(sweep(knobs="{longest_edge: [32]}", latency="{samples: 2, output_tokens: 16}"))
+    (missing,) = longer.recorder.todo()
+    assert missing.kind is Kind.LATENCY  # the scores are the same ones
+    longer.all_done()
+    rows = longer.combinations()
+    assert rows["combination_id"].is_unique
+    assert sorted(zip(rows["timed_output_tokens"], rows["vision_value"], strict=True)) == [
+        (4, "32"),
+        (4, "64"),
+        (4, "96"),
+        (16, "32"),
+    ]
+    # A row finds the rows behind it, shared ones included.
+    row = rows[rows["timed_output_tokens"] == 16].iloc[0]
+    scores = stored(longer.root, "accuracy")
+    assert len(scores[scores["task_id"].isin(row["task_ids"])]) == row["num_samples"] == 4
+    assert longer.recorder.results()["timed_output_tokens"].tolist() == [16]
+
+
 def test_two_kinds_of_device_share_what_was_scored_and_have_a_row_each(start: Any) -> None:
     run: Run = start(sweep(knobs="{active_blocks: [6]}"), accelerators=["H100", "A100"])
     run.done(run.task(Kind.ACCURACY), 0.5, on="A100")
@@ -223,6 +287,73 @@ def test_a_task_row_tells_how_it_ended(start: Any) -> None:
     assert (row["worker"], row["host"], row["device_name"]) == ("H100-0", "node", "Some GPU 80GB")
     assert (row["duration_s"], row["started_at"].timestamp()) == (2.0, BEGIN + 5)
     assert all(pd.isna(row[name]) for name in ("failure", "reason", "traceback"))
+
+
+def test_failed_rows_are_counted_without_opening_a_single_part(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run: Run = start()
+    for task in run.recorder.todo():
+        run.done(task, broken=[task.samples[1].uid, task.samples[0].uid] if task.kind is Kind.ACCURACY else [])
+    again: Run = start()
+    with monkeypatch.context() as patch:
+        patch.setattr(again.store, "rows", lambda *_: pytest.fail("a part was opened"))
+        assert run.recorder.failed_rows() == again.recorder.failed_rows() == 4
+    # A run that died before the rows of tasks loses none of it.
+    shutil.rmtree(run.root / "tasks")
+    assert start().recorder.failed_rows() == 4
+
+
+def test_samples_that_failed_are_named_once_and_whole_tasks_are_not_opened_for_it(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run: Run = start()
+    scored, other, whole = run.task(Kind.ACCURACY, 3), run.task(Kind.ACCURACY, 6), run.task(Kind.LATENCY)
+    run.done(scored, broken=["questions:test:2"])
+    run.done(other, broken=["questions:test:2", "questions:test:0"])
+    run.done(whole)
+    opened: list[str] = []
+    rows = run.store.rows
+
+    def watched(table: str, names: Sequence[str], columns: Sequence[str] | None = None) -> pd.DataFrame:
+        opened.extend(names)
+        return rows(table, names, columns)
+
+    monkeypatch.setattr(run.store, "rows", watched)
+    found = run.recorder.failed_samples()
+    assert found.to_dict("records") == [
+        {"sample_id": "questions:test:2", "error": "questions:test:2: broken image"},
+        {"sample_id": "questions:test:0", "error": "questions:test:0: broken image"},
+    ]
+    assert sorted(opened) == sorted([scored.task_id, other.task_id])
+
+
+def test_no_failed_samples_is_a_table_without_rows(start: Any) -> None:
+    run: Run = start()
+    run.all_done()
+    assert run.recorder.failed_samples().columns.tolist() == ["sample_id", "error"]
+    assert run.recorder.failed_samples().empty
+
+
+def test_the_summary_names_some_of_the_samples_that_failed(capsys: pytest.CaptureFixture[str]) -> None:
+    none = pd.DataFrame()
+    two = pd.DataFrame({"sample_id": ["a:test:1", "a:test:2"], "error": ["a:test:1: broken\nat byte 7", "no question"]})
+    print_failures(none, 6, two)
+    assert capsys.readouterr().out.splitlines() == [
+        "failed   2 samples in 6 rows:",
+        "         a:test:1: broken",
+        "         a:test:2: no question",
+    ]
+    many = pd.DataFrame({"sample_id": [f"a:test:{i}" for i in range(7)], "error": [None] * 7})
+    print_failures(none, 7, many)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7
+    assert lines[1] == "         a:test:0: no reason given"
+    assert lines[-1] == "         ... and 2 more, in the column error of the sample tables"
+    print_failures(none, 1, two.head(1))
+    assert capsys.readouterr().out.splitlines()[0] == "failed   1 sample in 1 row:"
+    print_failures(none, 2)
+    assert capsys.readouterr().out.startswith("failed   2 rows of single samples")
+    print_failures(none, 0, two.head(0))
+    assert capsys.readouterr().out == ""
 
 
 def test_failed_tasks_are_left_alone_until_they_are_asked_for(start: Any) -> None:
@@ -306,6 +437,81 @@ def test_a_damaged_part_is_run_again_and_its_combination_made_of_the_new_numbers
     again.done(timed, 10.0)
     row = again.combinations().set_index("num_active_blocks").loc[6]
     assert row["total_ms_mean"] == 10.5
+
+
+def spoil(root: Path, table: str, name: str) -> None:
+    """Damage in the middle of a part: its end, which is what is looked at first, stays whole."""
+    (part,) = (root / table).rglob(f"{name}.parquet")
+    content = bytearray(part.read_bytes())
+    footer = int.from_bytes(content[-8:-4], "little") + 8
+    content[4:-footer] = b"\xff" * (len(content) - footer - 4)
+    part.write_bytes(content)
+
+
+@pytest.mark.parametrize("lost", ["tasks", "combinations"])
+@pytest.mark.parametrize("kind", Kind)
+def test_a_part_that_is_damaged_in_the_middle_is_run_again(start: Any, lost: str, kind: Kind) -> None:
+    run: Run = start()
+    run.all_done()
+    spoiled = run.task(kind)
+    spoil(run.root, kind, spoiled.task_id)
+    # What makes the next run read it: one that was killed left rows out.
+    shutil.rmtree(run.root / lost)
+    again: Run = start()
+    assert again.recorder.todo() == [spoiled]
+    assert spoiled.task_id not in again.recorder.done
+    assert len(again.store.warnings) == 1
+    assert "is damaged (" in again.store.warnings[0]
+    before = again.combinations()
+    assert sorted(before["num_active_blocks"]) == ([3] if lost == "combinations" else [3, 6])
+    again.done(spoiled, 10.0 if kind is Kind.LATENCY else 0.5)
+    row = again.combinations().set_index("num_active_blocks").loc[6]
+    assert (row["total_ms_mean"], row["accuracy"]) == ((10.5, 1.0) if kind is Kind.LATENCY else (60.5, 0.5))
+    assert again.recorder.todo() == []
+
+
+def test_damage_that_shows_in_the_middle_of_a_run_costs_that_combination_only(start: Any) -> None:
+    run: Run = start()
+    timed, scored = run.task(Kind.LATENCY), run.task(Kind.ACCURACY)
+    run.done(timed, 60.0)
+    spoil(run.root, "latency", timed.task_id)
+    run.done(scored)
+    assert run.combinations().empty
+    assert run.recorder.todo() == [t for t in run.plan.tasks if t.task_id == timed.task_id or t.knobs != timed.knobs]
+    (warning,) = run.store.warnings
+    assert "the same command makes again what it held" in warning
+    for task in run.recorder.todo():
+        if task.task_id != timed.task_id:
+            run.done(task, 30.0)
+    assert run.combinations()["num_active_blocks"].tolist() == [3]
+    next_run: Run = start()
+    assert next_run.recorder.todo() == [timed]
+    next_run.all_done()
+    assert sorted(next_run.combinations()["num_active_blocks"]) == [3, 6]
+    assert next_run.store.warnings == []
+
+
+def test_a_damaged_row_of_a_combination_is_made_again_from_its_parts(start: Any) -> None:
+    run: Run = start()
+    run.all_done()
+    before = run.recorder.results()
+    spoil(run.root, "combinations", run.plan.combinations[0].combination_id)
+    again: Run = start()
+    pd.testing.assert_frame_equal(again.recorder.results(), before)
+    assert again.recorder.todo() == []
+    assert len(again.store.warnings) == 1
+    assert len(again.combinations()) == 2
+
+
+def test_a_damaged_row_of_a_failed_task_leaves_the_task_to_be_run_again(start: Any) -> None:
+    run: Run = start()
+    failed = run.task(Kind.LATENCY)
+    run.fail(failed)
+    run.fail(run.task(Kind.LATENCY, 3))
+    spoil(run.root, "tasks", failed.task_id)
+    assert run.recorder.failures()["num_active_blocks"].tolist() == [3]
+    assert failed in run.recorder.todo()
+    assert failed in start().recorder.todo()
 
 
 def test_a_run_that_died_before_the_row_of_new_numbers_has_them_after_the_next_start(start: Any) -> None:

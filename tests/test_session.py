@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,9 +23,10 @@ from knobs.errors import KnobError
 from knobs.experts import routers
 from knobs.vision import VisionSetting
 from workers.datasets import Dataset, DatasetSource, resolve_source
-from workers.errors import DatasetError, ModelError, RowMismatch, SampleError
-from workers.models import describe
+from workers.errors import DatasetError, DeviceError, ModelError, RowMismatch, SampleError
+from workers.models import describe, loading
 from workers.models.adapter import VisionLanguageModel
+from workers.probes import Device, accelerator_kind, cpu_name, current_device
 from workers.schema import STAGES, FailureKind, Kind, Knobs, ModelSource, Protocol, Status, Task, arrow_schema
 from workers.session import Session, _failure_kind
 
@@ -175,13 +179,35 @@ def test_latency_rows(session: Session, sources: dict[str, ModelSource], name: s
     assert [(row["repeat"], row["sample_id"]) for row in rows] == [(r, uid) for r in (0, 1) for uid in asked]
     for row in rows:
         assert min(row[stage] for stage in STAGES) > 0
-        assert sum(row[stage] for stage in STAGES) + row["residual_ms"] == pytest.approx(row["total_ms"])
+        assert row["residual_ms"] >= 0
+        assert row["total_ms"] > row["ttft_ms"] > row["prefill_ms"]
         assert (row["output_tokens"], len(row["decode_step_ms"]), row["batch_size"]) == (3, 2, 1)
         assert row["tpot_ms"] == pytest.approx(sum(row["decode_step_ms"]) / 2)
         assert (row["valid"], row["invalid_reasons"], row["status"]) == (True, [], "done")
         assert row["kv_cache_bytes"] > 0
         assert row["peak_memory_bytes"] is None
     assert_no_knob_is_switched(session)
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_rows_say_what_decides_the_time_on_the_host(
+    sources: dict[str, ModelSource], awkward: DatasetSource, kind: Kind
+) -> None:
+    """In a row that failed too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        session = Session("worker-1", accelerator="cpu")
+    finally:
+        torch.set_num_threads(threads)
+    rows = rows_of(session, task_for(sources["tiny-qwen3-vl-moe"], kind, data=awkward, samples=4))
+    assert {row["status"] for row in rows} == {"done", "failed"}
+    found = {(row["device_uuid"], row["threads"], row["niceness"]) for row in rows}
+    assert found == {(None, threads + 1, os.nice(0))}
+
+    session.found = replace(session.found, uuid="GPU-1", niceness=15)
+    for row in rows_of(session, task_for(sources["tiny-smolvlm"], kind, samples=2)):
+        assert (row["device_uuid"], row["niceness"]) == ("GPU-1", 15)
 
 
 def test_the_knobs_of_the_task_reach_the_model(session: Session, sources: dict[str, ModelSource]) -> None:
@@ -383,6 +409,52 @@ def test_out_of_main_memory(session: Session, sources: dict[str, ModelSource]) -
     assert len(rows_of(session, task)) == 6
 
 
+def out_of_device_memory(*_: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore advice.")
+
+
+def out_of_any_memory(*_: Any) -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("full", "reason"),
+    [
+        (out_of_device_memory, "tiny-smolvlm does not fit: CUDA out of memory. Tried to allocate 2.00 GiB."),
+        (out_of_any_memory, "tiny-smolvlm does not fit: MemoryError"),
+    ],
+)
+def test_out_of_memory_while_loading_is_the_models_fault(
+    session: Session,
+    sources: dict[str, ModelSource],
+    monkeypatch: pytest.MonkeyPatch,
+    full: Callable[..., None],
+    reason: str,
+) -> None:
+    """For every task of the model would try again what cannot fit."""
+    task = task_for(sources["tiny-smolvlm"])
+    with monkeypatch.context() as patched:
+        patched.setattr(loading, "_from_checkpoint", full)
+        assert failure(session, task) == (FailureKind.MODEL_LOAD, reason)
+    assert len(rows_of(session, task)) == 6, "the session goes on"
+
+
+def test_a_model_larger_than_main_memory(session: Session, sources: dict[str, ModelSource], tmp_path: Path) -> None:
+    source = sources["tiny-smolvlm"]
+    task = task_for(source)
+    config = json.loads((Path(source.place) / "config.json").read_text())
+    config["text_config"]["vocab_size"] = 1 << 42
+    folder = shutil.copytree(source.place, tmp_path / "large")
+    (folder / "config.json").write_text(json.dumps(config))
+    card = describe(str(folder), random_weights=True)
+    large = replace(source, place=str(folder), weights="random", revision=None, fingerprint=card.fingerprint)
+    kind, reason = failure(session, replace(task, model=large))
+    assert kind is FailureKind.MODEL_LOAD
+    assert reason.startswith("tiny-smolvlm does not fit: ")
+    assert "DefaultCPUAllocator" in reason
+    assert len(rows_of(session, task)) == 6, "the session goes on"
+
+
 def no_such_device() -> torch.AcceleratorError:
     return torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
@@ -405,6 +477,123 @@ def no_such_device() -> torch.AcceleratorError:
 )
 def test_the_type_of_an_exception_decides_the_kind(make: Callable[[], Exception], kind: FailureKind) -> None:
     assert _failure_kind(make()) is kind
+
+
+# -- the device -------------------------------------------------------------------------------------------------------
+
+GPU = Device("A100", "NVIDIA A100-SXM4-80GB", "GPU-1", 1 << 36, "node", 1, 4, 0)
+
+
+def see_a_gpu(monkeypatch: pytest.MonkeyPatch, found: Device = GPU) -> None:
+    """As on a machine with one; the CPU is still described as it is."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        "workers.session.current_device", lambda device: found if device.type == "cuda" else current_device(device)
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_worker_for_a_gpu_that_sees_none_takes_no_task() -> None:
+    """Its times would be filed under H100."""
+    with pytest.raises(DeviceError) as caught:
+        Session("worker-1", accelerator="H100")
+    assert str(caught.value) == (
+        f"this worker was started for H100 but torch sees no GPU (torch {torch.__version__}, "
+        f"CUDA {torch.version.cuda or 'none'})"
+    )
+
+
+def test_a_worker_on_another_kind_of_gpu_takes_no_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    see_a_gpu(monkeypatch)
+    with pytest.raises(DeviceError, match=r"^this worker was started for H100 but found A100$"):
+        Session("worker-1", accelerator="H100")
+    with pytest.raises(DeviceError, match=r"^this worker was started for A100 but was given the CPU$"):
+        Session("worker-1", torch.device("cpu"), accelerator="A100")
+
+
+@pytest.mark.parametrize("accelerator", ["A100", "a100", None])
+def test_a_worker_on_the_kind_of_gpu_it_was_started_for(
+    monkeypatch: pytest.MonkeyPatch, accelerator: str | None
+) -> None:
+    see_a_gpu(monkeypatch)
+    session = Session("worker-1", accelerator=accelerator)
+    assert (session.device, session.found) == (torch.device("cuda", 0), GPU)
+
+
+@pytest.mark.parametrize("device", [None, torch.device("cuda", 0)])
+@pytest.mark.parametrize("accelerator", ["cpu", "CPU"])
+def test_a_worker_for_the_cpu_leaves_a_gpu_alone(
+    monkeypatch: pytest.MonkeyPatch, sources: dict[str, ModelSource], device: torch.device | None, accelerator: str
+) -> None:
+    see_a_gpu(monkeypatch)
+    session = Session("worker-1", device, accelerator)
+    assert session.device == torch.device("cpu")
+    assert (session.found.accelerator, session.found.name, session.found.uuid) == ("cpu", cpu_name(), None)
+    monkeypatch.undo()
+    rows = rows_of(session, task_for(sources["tiny-smolvlm"], samples=2))
+    assert {(row["device_name"], row["device_uuid"]) for row in rows} == {(cpu_name(), None)}
+    assert model_of(session).device == torch.device("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_actor_passes_its_kind_on() -> None:
+    """In a process of its own, for an actor quietens libraries for good."""
+    code = (
+        "from workers.actor import Worker\n"
+        "from workers.errors import DeviceError\n"
+        "for accelerator in ((), ('cpu',), ('H100',)):\n"
+        "    try:\n"
+        "        print(Worker('w', *accelerator).ready()['accelerator'])\n"
+        "    except DeviceError as error:\n"
+        "        print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("cpu\ncpu\nthis worker was started for H100 but torch sees no GPU (")
+
+
+KINDS = {
+    "NVIDIA H100 80GB HBM3": "H100",
+    "NVIDIA H100 PCIe": "H100",
+    "NVIDIA H100 NVL": "H100",
+    "NVIDIA H100 80GB HBM3 MIG 1g.10gb": "H100",
+    "NVIDIA H200": "H200",
+    "NVIDIA H20": "H20",
+    "NVIDIA GH200 480GB": "GH200",
+    "NVIDIA B200": "B200",
+    "NVIDIA GB200": "GB200",
+    "NVIDIA A100-SXM4-40GB": "A100",
+    "NVIDIA A100-SXM4-80GB": "A100",
+    "NVIDIA A100 80GB PCIe": "A100",
+    "NVIDIA A10G": "A10G",
+    "NVIDIA A40": "A40",
+    "NVIDIA L4": "L4",
+    "NVIDIA L40S": "L40S",
+    "Tesla V100-SXM2-16GB": "V100",
+    "Tesla T4": "T4",
+    "Tesla P100-PCIE-16GB": "P100",
+    "NVIDIA RTX A6000": "RTX-A6000",
+    "NVIDIA RTX 6000 Ada Generation": "RTX-6000",
+    "NVIDIA RTX PRO 6000 Blackwell Server Edition": "RTX-PRO-6000",
+    "Quadro RTX 6000": "RTX-6000",
+    "Quadro P5000": "P5000",
+    "NVIDIA GeForce RTX 4090": "GeForce-RTX-4090",
+    "NVIDIA GeForce GTX 1080 Ti": "GeForce-GTX-1080-Ti",
+    "GeForce GTX TITAN X": "GeForce-GTX-TITAN-X",
+    "NVIDIA TITAN RTX": "TITAN-RTX",
+    "NVIDIA TITAN V": "TITAN-V",
+    "NVIDIA Graphics Device": "Graphics-Device",
+    "Orin": "Orin",
+    "NVIDIA 7 Series": "7-Series",  # one character is too short for a kind
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_kinds_are_spelled_as_ray_spells_them(name: str) -> None:
+    from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
+
+    rays = NvidiaGPUAcceleratorManager._gpu_name_to_accelerator_type(name)
+    assert accelerator_kind(name) == rays == KINDS[name]
 
 
 # -- what is kept warm ------------------------------------------------------------------------------------------------

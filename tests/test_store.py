@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from handmade import rows_of, samples, task, timed_row
 
-from orchestrator.store import Place, ResultStore, StoreError, read_finished, read_table, results_folder
+from orchestrator.store import DamagedParts, Place, ResultStore, StoreError, read_finished, read_table, results_folder
 from workers.schema import SCHEMA_VERSION, TABLES, Kind, arrow_schema, to_table
 
 REPOSITORY = Path(__file__).parents[1]
@@ -88,7 +89,7 @@ import pyarrow.parquet as pq
 from orchestrator.store import Place, ResultStore
 from workers.schema import to_table
 
-def die_half_way(table, path):
+def die_half_way(table, path, **_):
     Path(path).write_bytes(b"PAR1 and then the power went")
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -217,21 +218,102 @@ def test_what_cannot_be_trusted_is_set_aside_with_a_warning_and_is_missing(root:
     assert reopened(root).warnings == []
 
 
-def test_damage_that_only_shows_when_the_rows_are_read_names_the_file(root: Path) -> None:
+def long_part(root: Path, table: str = "latency") -> bytearray:
+    """Commits a part of one long column, so that most of the file is data, and gives its content."""
     store = ResultStore.open(root, "example")
-    # One long column of many values, so that most of the file is data.
-    rows = to_table("latency", [{"sample_id": f"sample {i * 7919 % 10007}"} for i in range(2000)])
-    store.commit("latency", PLACE, "one", rows)
+    name = {"latency": "sample_id", "tasks": "task_id"}[table]
+    store.commit(table, PLACE, "one", to_table(table, [{name: f"sample {i * 7919 % 10007}"} for i in range(2000)]))
+    store.commit(table, PLACE, "two", to_table(table, [{name: "a", "status": "failed"}]))
+    store.close()
+    return bytearray((root / PART.replace("latency", table)).read_bytes())
+
+
+def test_damage_that_only_shows_when_the_rows_are_read_is_set_aside_then(root: Path) -> None:
+    content = long_part(root)
+    content[10:4000] = b"\xff" * 3990
+    part = root / PART
+    part.write_bytes(content)
+    with pytest.raises(StoreError, match=r"one\.parquet is damaged \(.*\); remove it and run the sweep again") as e:
+        read_table(root, "latency")
+    assert "\n" not in str(e.value)
+    assert part.exists()  # whoever only reads moves nothing
+    after = reopened(root)
+    assert after.finished("latency") == {"one", "two"}
+    with pytest.raises(DamagedParts) as damage:
+        after.rows("latency", ["two", "one"])
+    assert damage.value.names == {"one"}
+    aside = root / "set-aside" / part.relative_to(root)
+    assert aside.read_bytes() == content
+    assert not part.exists()
+    (warning,) = after.warnings
+    assert warning.startswith(f"{part} is damaged (")
+    assert warning.endswith(f"; the same command makes again what it held (moved to {aside})")
+    assert "\n" not in warning
+    # Asked again, it gives what is left.
+    assert after.finished("latency") == {"two"}
+    assert after.rows("latency", ["two", "one"])["sample_id"].tolist() == ["a"]
+    assert reopened(root).warnings == []
+
+
+def test_a_single_bit_that_flipped_is_never_read_as_another_number(root: Path) -> None:
+    store = ResultStore.open(root, "example")
+    timed = task(Kind.LATENCY, samples=samples(20))
+    store.commit("latency", PLACE, "one", rows_of(timed, 60))
+    truth = store.rows("latency", ["one"])
     store.close()
     part = root / PART
-    content = bytearray(part.read_bytes())
+    whole = part.read_bytes()
+    footer = int.from_bytes(whole[-8:-4], "little") + 8
+    generator = random.Random(0)
+    noticed = 0
+    for _ in range(100):
+        content = bytearray(whole)
+        content[generator.randrange(4, len(whole) - footer)] ^= 1 << generator.randrange(8)
+        part.write_bytes(content)
+        opened = reopened(root)
+        try:
+            pd.testing.assert_frame_equal(opened.rows("latency", ["one"]), truth)  # the bit meant nothing
+        except DamagedParts:
+            noticed += 1
+    assert noticed > 50
+
+
+def test_a_part_that_the_system_does_not_hand_over_is_not_taken_for_damaged(root: Path) -> None:
+    long_part(root)
+    opened = reopened(root)
+    assert opened.finished("latency") == {"one", "two"}
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limit[1]))
+    try:
+        with pytest.raises(StoreError) as unreadable:
+            opened.rows("latency", ["one"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    why = "cannot be read (Too many open files); see to it and run the sweep again"
+    assert str(unreadable.value) == f"{root / PART}: {why}"
+    (root / PART).unlink()
+    with pytest.raises(StoreError) as gone:
+        opened.rows("latency", ["one"])
+    assert str(gone.value) == f"{root / PART}: was removed while it was needed; run the sweep again"
+    assert not isinstance(unreadable.value, DamagedParts)
+    assert not isinstance(gone.value, DamagedParts)
+    assert opened.finished("latency") == {"one", "two"}
+    assert opened.warnings == []
+
+
+def test_some_columns_alone_can_be_read(root: Path, store: ResultStore) -> None:
+    store.commit("latency", PLACE, "one", ONE_ROW)
+    for names in (["one"], []):
+        rows = store.rows("latency", names, ["sample_id", "status"])
+        assert rows.columns.tolist() == ["model", "accelerator", "dataset", "sample_id", "status"]
+        assert len(rows) == len(names)
+
+
+def test_a_dry_run_takes_a_damaged_row_of_a_task_for_none(root: Path) -> None:
+    content = long_part(root, "tasks")
     content[10:4000] = b"\xff" * 3990
-    part.write_bytes(content)
-    with pytest.raises(
-        StoreError, match=r"one\.parquet: cannot be read \(.*\); remove it and run the sweep again"
-    ) as e:
-        reopened(root).rows("latency", ["one"])
-    assert "\n" not in str(e.value)
+    (root / PART.replace("latency", "tasks")).write_bytes(content)
+    assert read_finished(root, ["one", "two"]) == (set(), {"two"})
 
 
 def test_a_dry_run_sees_what_is_done_and_what_failed_and_changes_nothing(root: Path) -> None:
@@ -366,12 +448,12 @@ def big_rows(count: int) -> pa.Table:
     return to_table("latency", [{"sample_id": f"{i * 2654435761 % 2**32:032x}"} for i in range(count)])
 
 
-def check_full(root: Path, store: ResultStore, why: str) -> None:
+def check_full(root: Path, store: ResultStore, why: str, remedy: str) -> None:
     store.commit("latency", PLACE, "small", ONE_ROW)
     with pytest.raises(StoreError) as error:
         store.commit("latency", PLACE, "big", big_rows(20_000))
     folder = root / "latency" / PLACE.folder()
-    assert str(error.value) == f"{folder}: cannot be written ({why}); nothing committed is lost"
+    assert str(error.value) == f"{folder}: cannot be written ({why}); nothing committed is lost; {remedy}"
     assert leftovers(root) == []
     assert store.finished("latency") == {"small"}
     store.close()
@@ -384,7 +466,7 @@ def test_a_file_that_grows_too_large_leaves_what_was_committed(root: Path) -> No
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
     try:
-        check_full(root, store, "File too large")
+        check_full(root, store, "File too large", "choose another folder with --results")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
         signal.signal(signal.SIGXFSZ, handler)
@@ -399,7 +481,8 @@ root = Path(sys.argv[1])
 mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k,nr_inodes=20", "tmpfs", root], capture_output=True)
 if mounted.returncode:
     sys.exit(77)
-check_full(root / "example", ResultStore.open(root / "example", "example"), "No space left on device")
+remedy = "free some space or choose another folder with --results"
+check_full(root / "example", ResultStore.open(root / "example", "example"), "No space left on device", remedy)
 # No room for another folder either.
 store = ResultStore.open(root / "example", "example")
 try:
@@ -417,7 +500,10 @@ def test_a_full_disk_leaves_what_was_committed(tmp_path: Path) -> None:
     forbidden = done.returncode == 77 or "unshare" in done.stderr
     assert forbidden or done.returncode == 0, done.stderr
     if not forbidden:
-        assert done.stdout.strip().endswith("cannot be written (No space left on device); nothing committed is lost")
+        assert done.stdout.strip().endswith(
+            "cannot be written (No space left on device); nothing committed is lost; "
+            "free some space or choose another folder with --results"
+        )
         assert len(done.stdout.splitlines()) == 1
         assert not (tmp_path / "example").exists()  # it was another disk
 

@@ -11,11 +11,19 @@ from workers.schema import Task, TaskResult
 class Worker:
     """Runs one task after the other on its device; torch is imported in its process only."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, accelerator: str | None = None) -> None:
+        """
+        Args:
+            name: of the worker, as it stands in the rows.
+            accelerator: kind of device it is started for, e.g. H100, or cpu; whatever is there if None.
+
+        Raises:
+            DeviceError: the device is not of that kind.
+        """
         from workers.session import Session
 
         _quiet_libraries()
-        self._session = Session(name)
+        self._session = Session(name, accelerator=accelerator)
 
     def ready(self) -> dict[str, Any]:
         """What the worker found: answered once it can take tasks."""

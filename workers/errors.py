@@ -1,11 +1,12 @@
-"""Everything that can go wrong while a task runs, as a tree; each leaf becomes a row with a status and a reason.
+"""Everything that can go wrong on a worker, as a tree; what a task meets becomes a row with a status and a reason.
 
 WorkerError
 ├── ModelError      a model that cannot be found, described or loaded: every task of that model fails
 ├── DatasetError    a data set that cannot be read: every task of that data set fails
 │   └── NotDownloaded   a hub data set that is not on this machine, where the network was not to be asked
 ├── SampleError     one sample that cannot be used: that sample's row fails, the others go on
-└── RowMismatch     a data set that is no longer the one the plan saw: the task fails
+├── RowMismatch     a data set that is no longer the one the plan saw: the task fails
+└── DeviceError     a worker that does not see the device it was started for: it never takes a task
 
 knobs.errors.KnobError (a value this model cannot take) stands beside it: `knobs` knows nothing of workers.
 """
@@ -33,3 +34,7 @@ class SampleError(WorkerError):
 
 class RowMismatch(WorkerError):
     """A data set whose content differs from what the plan fingerprinted."""
+
+
+class DeviceError(WorkerError):
+    """A worker that does not see the device it was started for."""

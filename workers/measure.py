@@ -68,7 +68,11 @@ class Timing:
 
     @property
     def residual_ms(self) -> float:
-        """What no stage accounts for: the marks themselves and the last synchronise."""
+        """What no stage accounts for: what the host does before the first mark and after the last.
+
+        On a GPU that includes whatever the two clocks disagree on, which is what makes it a check. On a CPU both are
+        the same clock and the marks are adjacent, so it is near zero and says only that total encloses the stages.
+        """
         stages = self.preprocess_ms + self.transfer_ms + self.vision_ms + self.projector_ms + self.prefill_ms
         return self.total_ms - stages - self.decode_ms
 
@@ -84,8 +88,14 @@ def time_answer(
     """Time one greedy answer of exactly `output_tokens` tokens, end-of-sequence or not.
 
     The knobs are set by the caller, the images are decoded. Total is taken by the host's clock and the stages by the
-    device's, so that their difference (`residual_ms`) is a check and not zero by construction.
+    device's, so that on a GPU their difference (`residual_ms`) is a check. On a CPU there is one clock, and the
+    difference is near zero.
+
+    Raises:
+        ValueError: fewer than one output token, for prefill always makes the first.
     """
+    if output_tokens < 1:
+        raise ValueError(f"output_tokens is {output_tokens}; prefill makes the first token, so at least 1 is timed")
     clock = Clock(vlm.device)
     tower_ends: list[Any] = []
     with _undisturbed(vlm.device):

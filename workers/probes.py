@@ -8,8 +8,15 @@ import re
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 CPU = "cpu"
+
+# As Ray 2.60 reads NVML's names: a maker, words in capitals, then the first one with a digit in it.
+_KIND = re.compile(r"\w+\s+((?:[A-Z]+\s+)*[A-Z0-9]*\d[A-Z0-9]*)")
 
 
 @dataclass(frozen=True)
@@ -37,15 +44,15 @@ class Device:
 
 
 def accelerator_kind(device_name: str) -> str:
-    """The kind in a driver's device name, spelled as Ray spells it: `NVIDIA H100 80GB HBM3` is H100.
+    """The kind in a driver's device name, exactly as Ray spells it: `NVIDIA H100 80GB HBM3` is H100.
 
-    A100-SXM4-40GB and A100-SXM4-80GB are both A100; their memory tells them apart. Two-word product lines keep the
-    dash that Ray gives them: `NVIDIA RTX A6000` is RTX-A6000.
+    Task ids contain the kind and Ray is asked for it, so a rule of our own would time things twice or wait for ever.
+    A100-SXM4-40GB and A100-SXM4-80GB are both A100; their memory tells them apart. Where no word in capitals has a
+    digit, the kind is the whole name: `NVIDIA GeForce RTX 4090` is GeForce-RTX-4090.
     """
-    name = re.sub(r"^(NVIDIA|Tesla|AMD Instinct|AMD)\s+", "", device_name.strip()).removeprefix("Tesla ")
-    if re.match(r"(GeForce|RTX|Quadro|TITAN)\b", name):
-        return "-".join(name.split())
-    return re.split(r"[\s-]", name, maxsplit=1)[0]
+    found = _KIND.match(device_name)
+    kind = found.group(1).replace(" ", "-") if found else ""
+    return kind if len(kind) > 1 else re.sub(r"^NVIDIA\s+", "", device_name).strip().replace(" ", "-")
 
 
 def local_accelerators() -> list[str]:
@@ -63,13 +70,13 @@ def local_accelerators() -> list[str]:
         pynvml.nvmlShutdown()
 
 
-def current_device() -> Device:
-    """The device that this process would load a model on. Imports torch."""
+def current_device(device: torch.device) -> Device:
+    """What this process finds of the device that it loads models on. Imports torch."""
     import psutil
     import torch
 
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
         name, uuid, memory = properties.name, f"GPU-{properties.uuid}", properties.total_memory
         kind = accelerator_kind(name)
     else:

@@ -160,10 +160,10 @@ _IDENTITY = (
         "combination_id",
         _STRING,
         "",
-        "digest of the knob combination on this model and data set; the same on every kind of device",
+        "digest of the knob combination, model, data set and way to measure; the same on every kind of device",
     ),
     Column("revision", _STRING, "", "hub commit, or digest of the local files; null for random weights"),
-    Column("device_name", _STRING, "", "device as its driver names it"),
+    Column("device_name", _STRING, "", "device as its driver names it: the one that timed, else the one that scored"),
     Column("split", _STRING, "", "split of the data set"),
     Column("dtype", _STRING, "", "data type of the weights"),
     Column("attention", _STRING, "", "attention back-end"),
@@ -202,6 +202,13 @@ _SAMPLE = (
     Column("status", _STRING, "", "done or failed"),
     Column("error", _STRING, "", "why a failed row failed"),
     Column("worker", _STRING, "", "worker that ran it"),
+    Column("device_uuid", _STRING, "", "tells two GPUs of a kind apart; null on a CPU"),
+    Column(
+        "threads", _INT, "", "threads that torch computes with on the host: they decide preprocessing and CPU times"
+    ),
+    Column(
+        "niceness", _INT, "", "scheduling priority of the worker, 0 for normal and 19 for last, which decides the same"
+    ),
     Column("started_at", _TIME, "", "wall clock at the start of this row"),
 )
 
@@ -275,9 +282,33 @@ STATISTICS = {
     "ci95": "half-width of the 95 % confidence interval of the mean, clustered by sample (Student's t)",
 }
 
+# How a combination was measured. Rows that differ here answer different questions.
+_MEASURED = (
+    Column("prompt", _STRING, "", "template of the question"),
+    Column("timed_output_tokens", _INT, "token", "fixed length of each timed answer; null if latency is off"),
+    Column("timed_repeats", _INT, "", "timed repeats asked for per sample; null if latency is off"),
+    Column("timed_warmup", _INT, "", "untimed runs before them; null if latency is off"),
+    Column("timed_batch_size", _INT, "", "samples per timed forward pass; null if latency is off"),
+    Column("scored_max_new_tokens", _INT, "token", "cap on each scored answer; null if accuracy is off"),
+    Column("scored_batch_size", _INT, "", "samples per scored forward pass; null if accuracy is off"),
+    Column(
+        "samples_digest",
+        _STRING,
+        "",
+        "digest of the samples that were scored, or timed where none was; rows of the same samples have the same",
+    ),
+    Column(
+        "task_ids",
+        pa.list_(_STRING),
+        "",
+        "tasks whose rows are behind this one; rows of a task that several combinations share name the first of them",
+    ),
+)
+
 COMBINATION_COLUMNS = (
     *_IDENTITY,
     *KNOB_COLUMNS,
+    *_MEASURED,
     Column("theoretical_num_crops", _INT, "", "crops promised; null where it depends on the image"),
     Column("theoretical_tiling", _STRING, "", "rows x columns promised; null where it depends on the image"),
     Column("theoretical_vision_tokens", _INT, "token", "vision tokens promised; null where it depends on the image"),

@@ -1,4 +1,4 @@
-"""A session: one loaded model, warm data sets, and `run`, which turns a task into rows. Knows nothing of Ray."""
+"""A session: one loaded model, opened data sets, and `run`, which turns a task into rows. Knows nothing of Ray."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-import pyarrow as pa
 import torch
 from PIL import Image
 
 from knobs.errors import KnobError
 from knobs.vision import aspect_mismatch
 from workers.datasets import Dataset, DatasetSource, Sample, SampleRef
-from workers.errors import DatasetError, ModelError, RowMismatch, SampleError
+from workers.errors import DatasetError, DeviceError, ModelError, RowMismatch, SampleError
 from workers.measure import Timing, time_answer
 from workers.models.adapter import Features, VisionLanguageModel
-from workers.models.loading import default_device, load_source
+from workers.models.loading import default_device, is_out_of_memory, load_source
 from workers.models.processing import Inputs
-from workers.probes import Device, current_device
+from workers.probes import CPU, Device, current_device
 from workers.schema import (
     SCHEMA_VERSION,
     STAGES,
@@ -38,17 +37,25 @@ from workers.scorers import scorer
 
 
 class Session:
-    """Holds one model at a time and changes it only when a task names another one."""
+    """Keeps one model until a task names another one, and every data set it has opened; nothing else."""
 
-    def __init__(self, name: str = "local", device: torch.device | None = None) -> None:
+    def __init__(self, name: str = "local", device: torch.device | None = None, accelerator: str | None = None) -> None:
         """
         Args:
             name: of the worker, as it stands in the rows.
             device: where models are loaded; the first GPU, else the CPU, if None.
+            accelerator: kind of device that its rows will be filed under; whatever is there if None. For cpu the CPU
+                is used, whatever else there is.
+
+        Raises:
+            DeviceError: the device is of another kind, so that its times would be filed under a wrong name.
         """
         self.name = name
-        self.device = device or default_device()
-        self.found: Device = current_device()
+        wants_cpu = accelerator is not None and accelerator.lower() == CPU
+        self.device = torch.device("cpu") if wants_cpu else device or default_device()
+        self.found: Device = current_device(self.device)
+        if accelerator is not None and accelerator.lower() != self.found.accelerator.lower():
+            raise DeviceError(f"this worker was started for {accelerator} but {_found_instead(self.found)}")
         self._source: ModelSource | None = None
         self._vlm: VisionLanguageModel | None = None
         self._datasets: dict[DatasetSource, Dataset] = {}
@@ -235,11 +242,22 @@ class Session:
             "engine": model.engine,
             "schema_version": SCHEMA_VERSION,
             "worker": self.name,
+            "device_uuid": self.found.uuid,
+            "threads": self.found.threads,
+            "niceness": self.found.niceness,
         }
 
     def _result(self, task: Task, started: float, status: Status, **outcome: Any) -> TaskResult:
         found = {"worker": self.name, "host": self.found.host, "device_name": self.found.name}
         return TaskResult(task.task_id, status, worker=found, started_at=started, finished_at=time.time(), **outcome)
+
+
+def _found_instead(found: Device) -> str:
+    if found.accelerator != CPU:
+        return f"found {found.accelerator}"
+    if torch.cuda.is_available():
+        return "was given the CPU"
+    return f"torch sees no GPU (torch {torch.__version__}, CUDA {torch.version.cuda or 'none'})"
 
 
 def _checked(dataset: Dataset, ref: SampleRef) -> Sample:
@@ -273,12 +291,10 @@ def _batches(samples: Sequence[SampleRef], size: int) -> Iterator[Sequence[Sampl
 def _failure_kind(error: BaseException) -> FailureKind:
     """The one place where an exception becomes a kind of failure."""
     match error:
-        case torch.OutOfMemoryError() | MemoryError() | pa.ArrowMemoryError():
+        case _ if is_out_of_memory(error):
             return FailureKind.OUT_OF_MEMORY
         case torch.AcceleratorError():
             return FailureKind.DEVICE_LOST
-        case RuntimeError() if "DefaultCPUAllocator" in str(error):
-            return FailureKind.OUT_OF_MEMORY  # main memory; torch has no type for it
         case ModelError():
             return FailureKind.MODEL_LOAD
         case DatasetError() | RowMismatch():

@@ -179,7 +179,7 @@ def _open_hub(source: DatasetSource, offline: bool) -> Table:
     if offline:
         raise NotDownloaded(f"{source.place}: split {source.split!r} is not on this machine yet")
     # Not laid out by split: let the hub's own rules find the files, which downloads every split.
-    with _explained(source, remedy):
+    with _without_log_lines(datasets), _explained(source, remedy):
         rows = datasets.load_dataset(source.hub_id, source.config, split=source.split, revision=source.revision)
     return Table(rows, None)
 
@@ -191,11 +191,23 @@ def _offline_and_quiet(datasets: Any) -> Iterator[None]:
     datasets.disable_progress_bars()
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
-        yield
+        with _without_log_lines(datasets):
+            yield
     finally:
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = reported
         if shown:
             datasets.enable_progress_bars()
+
+
+@contextmanager
+def _without_log_lines(datasets: Any) -> Iterator[None]:
+    """What the library logs before it raises would stand above our own line and say less."""
+    logged = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(logged)
 
 
 @contextmanager

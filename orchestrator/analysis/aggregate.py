@@ -23,6 +23,7 @@ def aggregate(latency: pd.DataFrame, accuracy: pd.DataFrame, lost: Collection[st
         **_latency_columns(latency),
         **_accuracy_columns(accuracy),
         **_vision_columns(latency, accuracy),
+        **_device_columns(latency, accuracy),
         "num_failed": len(_failed_samples(latency) | _failed_samples(accuracy) | set(lost)),
     }
 
@@ -39,7 +40,6 @@ def _latency_columns(rows: pd.DataFrame) -> dict[str, Any]:
         columns["residual_fraction"] = float((valid["residual_ms"] / valid["total_ms"]).mean())
         for name in ("peak_memory_bytes", "kv_cache_bytes"):
             columns[name] = _or_none(valid[name].max(), int)
-        columns["device_name"] = _only(valid["device_name"])
     return columns
 
 
@@ -99,6 +99,14 @@ def _vision_columns(latency: pd.DataFrame, accuracy: pd.DataFrame) -> dict[str, 
         "aspect_mismatch_p99": _or_none(mismatch.quantile(0.99), float),
         "prompt_tokens_mean": float(samples["prompt_tokens"].mean()),
     }
+
+
+def _device_columns(latency: pd.DataFrame, accuracy: pd.DataFrame) -> dict[str, Any]:
+    """The device of the row's times; where there are none, the one that its scores come from."""
+    timed = latency[latency["valid"].eq(True)]
+    scored = accuracy[accuracy["status"] == "done"]
+    behind = scored if timed.empty else timed
+    return {} if behind.empty else {"device_name": _only(behind["device_name"])}
 
 
 def _failed_samples(rows: pd.DataFrame) -> set[str]:

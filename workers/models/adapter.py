@@ -58,8 +58,12 @@ class VisionLanguageModel:
     # -- knobs ------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def knobs(self, moe_top_k: int | None = None, active_blocks: Sequence[int] | None = None) -> Iterator[None]:
+    def knobs(self, moe_top_k: int | None = None, active_blocks: int | Sequence[int] | None = None) -> Iterator[None]:
         """Switch knobs in place and restore them at the end, also when the body raises; None leaves a knob alone.
+
+        Args:
+            moe_top_k: experts per token.
+            active_blocks: blocks of the language model that run: how many from the first on, or their indices.
 
         Raises:
             KnobError: this model cannot take the value.
@@ -76,13 +80,15 @@ class VisionLanguageModel:
 
         Raises:
             KnobError: this model cannot take the vision setting.
-            SampleError: this model cannot take an image (too narrow, say) or the question.
+            SampleError: there is no image, or this model cannot take one (too narrow, say) or the question.
             ModelError: it was loaded without a processor.
         """
         if self.processor is None:
             raise ModelError(_no_processor(self.card))
         if reason := self.card.geometry.refuse(setting):
             raise KnobError(f"{setting}: {reason}")
+        if not images:
+            raise SampleError("there is no image; a question needs at least one")
         try:
             return self.processor(images, question, setting)
         except ValueError as error:

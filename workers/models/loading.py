@@ -24,6 +24,7 @@ from workers.models.registry import (
 )
 from workers.schema import ModelSource
 
+WEIGHTS = ("checkpoint", "random")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -55,6 +56,8 @@ def load(
     dtype = dtype or ("float32" if where.type == "cpu" else "bfloat16")
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if weights is not None and weights not in WEIGHTS:
+        raise ModelError(f"weights {weights!r} is not one of {', '.join(WEIGHTS)}")
     card = describe(name_or_folder, revision=revision, random_weights=weights == "random")
     if weights == "checkpoint" and default_weights(card) == "random":
         raise ModelError(f"{name_or_folder} has no checkpoint, it exists with random weights only")
@@ -88,7 +91,11 @@ def default_device() -> torch.device:
 def build(
     card: ModelCard, weights: str, dtype: torch.dtype, device: torch.device, attention: str, experts: str | None
 ) -> VisionLanguageModel:
-    """The model in evaluation mode on its device, with its processor if it has a tokenizer."""
+    """The model in evaluation mode on its device, with its processor if it has a tokenizer.
+
+    Raises:
+        ModelError: it cannot be loaded, or does not fit into the memory of the device: no task can use it.
+    """
     backends: dict[str, Any] = {"attn_implementation": attention}
     if card.num_experts is not None and experts is not None:
         backends["experts_implementation"] = experts
@@ -100,15 +107,24 @@ def build(
         )
         model.eval().requires_grad_(False)
         return VisionLanguageModel(model, _processor(card, model), card, device)
-    except (ModelError, torch.OutOfMemoryError, torch.AcceleratorError, MemoryError):
-        raise  # a device that is full or dead is not the checkpoint's fault
+    except (ModelError, torch.AcceleratorError):
+        raise  # a device that is dead is not the checkpoint's fault
     except SafetensorError as error:
         raise ModelError(
             f"{card.name} cannot be loaded: {_place(card)} holds a *.safetensors that is damaged, copy or download it "
             f"again ({_first_line(error)})"
         ) from error
     except Exception as error:  # transformers raises whatever it meets for a broken or foreign checkpoint
+        if is_out_of_memory(error):
+            raise ModelError(f"{card.name} does not fit: {_first_line(error)}") from error
         raise ModelError(f"{card.name} cannot be loaded: {_first_line(error)}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the device or on the host."""
+    # Main memory: torch has no type of its own for it.
+    on_the_host = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return on_the_host or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def _random(card: ModelCard, dtype: torch.dtype, device: torch.device, backends: dict[str, Any]) -> Any:

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,8 @@ def describe(
         random_weights: only the configuration matters, so a registered name needs no file.
         base_folder: where relative folders start; the current folder is tried next.
         offline: use what is registered or cached and never the network.
+
+    Imports no torch, except for a config.json that leaves the number of blocks to transformers' default.
 
     Raises:
         ModelError: no such model, or its files say nothing that can be used.
@@ -190,8 +193,11 @@ def _card(
 
 
 def _with_defaults(config: Config) -> Config:
-    """A configuration with what older checkpoints leave out because it equals the default of its class."""
-    # Costs the import of torch, so only where a number is missing.
+    """A configuration with what older checkpoints leave out because it equals the default of its class.
+
+    Imports torch, the one place in planning that does: every configuration class of transformers comes with it, and
+    the default stands nowhere else. So it is called only where a number is missing.
+    """
     from transformers import AutoConfig
 
     try:
@@ -254,9 +260,17 @@ def _digest_of_files(folder: Path, suffixes: tuple[str, ...]) -> str:
     """Digest of the content of the files a checkpoint consists of; names count, times and places do not."""
     digests = []
     for path in sorted(p for p in folder.iterdir() if p.suffix in suffixes):
-        with path.open("rb") as file:
-            digests.append((path.name, hashlib.file_digest(file, "sha256").hexdigest()))
+        now = path.stat()
+        content = _digest_of_file(path, now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino)
+        digests.append((path.name, content))
     return _digest(digests)
+
+
+@cache
+def _digest_of_file(path: Path, *_: int) -> str:
+    """SHA-256 of a file, once per process for the same size, times and inode: weights take a minute to read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _locate_on_hub(hub_id: str, revision: str | None, offline: bool) -> Checkpoint:
