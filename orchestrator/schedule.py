@@ -93,19 +93,21 @@ class Scheduler:
         """Every task's outcome, in the order in which they end; each exactly once unless interrupted.
 
         Raises:
-            ClusterError: no worker can be started any more while tasks remain.
+            ClusterError: tasks are left that no worker can take any more; raised when all others have ended.
         """
         backlog = Backlog(tasks)
         try:
-            while len(backlog) or any(slot.given for slot in self._slots):
+            while self._can_go_on(backlog):
                 if self._interrupted():
                     yield from self._finished_already()
                     return
                 self._fill(backlog)
-                self._check_workers_left(backlog)
                 self._heartbeat(self._state())
                 for slot in self._wait():
                     yield from self._collect(slot, backlog)
+            if len(backlog):
+                reasons = [slot.retired for slot in self._slots if slot.retired]
+                raise ClusterError(f"{reasons[0]}; {len(backlog)} tasks are left, the same command goes on from there")
         finally:
             for slot in self._slots:
                 _kill(slot)
@@ -239,12 +241,11 @@ class Scheduler:
                 except ray_errors.RayError:
                     break
 
-    def _check_workers_left(self, backlog: Backlog) -> None:
-        for kind in {slot.pool.accelerator for slot in self._slots}:
-            of_kind = [slot for slot in self._slots if slot.pool.accelerator == kind]
-            retired = [slot.retired for slot in of_kind if slot.retired]
-            if len(retired) == len(of_kind) and backlog.has_work_for(kind):
-                raise ClusterError(retired[0])
+    def _can_go_on(self, backlog: Backlog) -> bool:
+        """Whether anything is under way, or waits for a kind of device that still has a worker."""
+        return any(
+            slot.given or (not slot.retired and backlog.has_work_for(slot.pool.accelerator)) for slot in self._slots
+        )
 
     def _outcome(self, slot: Slot, task: Task, result: TaskResult) -> Outcome:
         return Outcome(task, result, slot.pool.accelerator, self._attempts[task.task_id] + 1)

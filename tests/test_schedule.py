@@ -103,6 +103,19 @@ def test_when_every_device_is_sick_the_run_ends_and_says_so(connected: None) -> 
         run(ONE, *tasks(*[f"sick-{i}" for i in range(6)]))
 
 
+def test_a_kind_of_device_that_is_lost_does_not_stop_the_others(
+    connected: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedule, "actor_options", lambda pool, name: {"name": name, "num_cpus": 1})
+    given = [replace(task, accelerator="cpu") for task in tasks("sick-1", "sick-2", "sick-3", "sick-4")]
+    given += tasks("slow-a", "slow-b", "slow-c")
+    ended: list[Outcome] = []
+    with pytest.raises(ClusterError, match=r"cpu-0 lost its device 3 times in a row.*; \d tasks are left, the same"):
+        ended.extend(Scheduler([Pool("cpu", 1, 1), Pool("H100", 1, 1)], lambda: False).run(given))
+    done = {o.task.task_id for o in ended if o.result.status is Status.DONE}
+    assert done == {"slow-a", "slow-b", "slow-c"}
+
+
 def test_a_worker_that_does_not_start_is_given_up_after_three_tries(
     connected: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
