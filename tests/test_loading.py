@@ -423,6 +423,46 @@ def test_a_checkpoint_of_a_model_that_has_none() -> None:
     assert refusal("tiny-smolvlm", weights="checkpoint") == expected
 
 
+def test_a_hub_model_loads_from_the_cache_of_the_hub_as_from_its_folder(
+    published: dict[str, Path], tmp_path: Path
+) -> None:
+    """Every family by hub id, through the calls that a network would serve; the cache is laid out as its client does."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folders = dict(published)
+    molmoe = tiny_model("tiny-molmoe")
+    folders["published-molmoe"] = tmp_path / "published-molmoe"
+    save_published(molmoe.model, folders["published-molmoe"], format="bin")
+    byte_tokenizer(molmoe.card.family.special_tokens).save_pretrained(folders["published-molmoe"])
+    save_preprocessor(molmoe, folders["published-molmoe"])
+    for name, folder in folders.items():
+        repository = tmp_path / "hub" / f"models--someone--{name}"
+        shutil.copytree(folder, repository / "snapshots" / commit)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(commit)
+    code = f"""
+from PIL import Image
+from knobs.vision import VisionSetting
+from workers.models import describe, load
+for name, folder in { ({name: str(folder) for name, folder in folders.items()})!r}.items():
+    card = describe("someone/" + name)
+    assert card.fingerprint == "hub:someone/" + name + "@{commit}", card.fingerprint
+    answers = []
+    for place in ("someone/" + name, folder):
+        vlm = load(place, device="cpu")
+        inputs = vlm.preprocess([Image.new("RGB", (60, 40), "teal")], "What is it?", VisionSetting())
+        answers.append(vlm.answer([(inputs, vlm.encode_images(inputs.vision))], 6))
+    assert answers[0] == answers[1], name
+    print("same", name)
+"""
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    repository_root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=repository_root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:-1] == [f"same {name}" for name in folders]
+
+
 def test_the_hub_when_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     expected = "nobody/nothing is not in the local cache and the Hugging Face hub cannot be reached"
