@@ -426,7 +426,7 @@ def test_a_checkpoint_of_a_model_that_has_none() -> None:
 def test_a_hub_model_loads_from_the_cache_of_the_hub_as_from_its_folder(
     published: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Every family by hub id, through the calls that a network would serve; the cache is laid out as its client does."""
+    """Every family by hub id, through the calls that a network would serve, from a cache as its client lays it out."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     folders = dict(published)
     molmoe = tiny_model("tiny-molmoe")

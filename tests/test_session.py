@@ -26,6 +26,7 @@ from workers.datasets import Dataset, DatasetSource, resolve_source
 from workers.errors import DatasetError, DeviceError, ModelError, RowMismatch, SampleError
 from workers.models import describe, loading
 from workers.models.adapter import VisionLanguageModel
+from workers.prepared import PreparedSamples
 from workers.probes import Device, accelerator_kind, cpu_name, current_device
 from workers.schema import STAGES, FailureKind, Kind, Knobs, ModelSource, Protocol, Status, Task, arrow_schema
 from workers.session import Session, _failure_kind
@@ -634,3 +635,73 @@ def test_the_result_says_who_ran_it_and_when(session: Session, sources: dict[str
             "device_name": session.found.name,
         }
         assert 0 < result.started_at <= result.finished_at
+
+
+# -- images are encoded once per vision setting ---------------------------------------------------------------------
+
+
+def encodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one whenever a vision tower runs."""
+    passes: list[int] = []
+    encode = VisionLanguageModel.encode_images
+
+    def counted(self: VisionLanguageModel, *arguments: Any, **options: Any) -> Any:
+        passes.append(1)
+        return encode(self, *arguments, **options)
+
+    monkeypatch.setattr(VisionLanguageModel, "encode_images", counted)
+    return passes
+
+
+def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name != "started_at"} for row in rows]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_an_image_is_encoded_once_for_all_depths_and_widths_and_nothing_changes(
+    sources: dict[str, ModelSource], session: Session, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    card = describe(sources[name].place)
+    points: list[dict[str, Any]] = [{"active_blocks": kept} for kept in ((0, 1, 2, 3, 4, 5), (0, 2, 4), (1, 5))]
+    if card.num_experts is not None:
+        points += [{"moe_top_k": 1}, {"moe_top_k": 2}]
+    tasks = [task_for(sources[name], **point) for point in points]
+    alone = [without_times(rows_of(Session("worker-1", torch.device("cpu")), task)) for task in tasks]
+    passes = encodings(monkeypatch)
+    assert [without_times(rows_of(session, task)) for task in tasks] == alone
+    assert len(passes) == 6, "six samples, however many combinations"
+
+
+def test_another_vision_setting_or_model_is_encoded_anew(
+    sources: dict[str, ModelSource], session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = encodings(monkeypatch)
+    for edge in (32, 64):
+        rows_of(session, task_for(sources["tiny-smolvlm"], vision=VisionSetting("longest_edge", edge)))
+    assert len(passes) == 12
+    rows_of(session, task_for(sources["tiny-internvl"]))
+    assert len(passes) == 18
+
+
+def test_what_is_kept_stays_within_its_bound_and_the_rest_is_made_again(
+    sources: dict[str, ModelSource], session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = task_for(sources["tiny-smolvlm"], samples=24)
+    expected = without_times(rows_of(session, task))
+    everything = session._prepared.num_bytes
+    assert everything > 0
+    session._prepared = PreparedSamples(max_bytes=everything // 10)
+    passes = encodings(monkeypatch)
+    for _ in range(2):
+        assert without_times(rows_of(session, task)) == expected
+        assert 0 < session._prepared.num_bytes <= everything // 10
+    assert 24 < len(passes) < 48, "some are found again although ten times as many passed by"
+
+
+def test_a_timed_answer_never_uses_what_is_kept(
+    sources: dict[str, ModelSource], session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows_of(session, task_for(sources["tiny-smolvlm"]))
+    passes = encodings(monkeypatch)
+    rows_of(session, task_for(sources["tiny-smolvlm"], Kind.LATENCY, samples=2))
+    assert len(passes) == 2 * (TIMED.repeats + TIMED.warmup)

@@ -6,6 +6,7 @@ import gc
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,9 +18,10 @@ from knobs.vision import aspect_mismatch
 from workers.datasets import Dataset, DatasetSource, Sample, SampleRef
 from workers.errors import DatasetError, DeviceError, ModelError, RowMismatch, SampleError
 from workers.measure import Timing, time_answer
-from workers.models.adapter import Features, VisionLanguageModel
+from workers.models.adapter import VisionLanguageModel
 from workers.models.loading import default_device, is_out_of_memory, load_source
 from workers.models.processing import Inputs
+from workers.prepared import PreparedSample, PreparedSamples
 from workers.probes import CPU, Device, current_device
 from workers.schema import (
     SCHEMA_VERSION,
@@ -37,7 +39,7 @@ from workers.scorers import scorer
 
 
 class Session:
-    """Keeps one model until a task names another one, and every data set it has opened; nothing else."""
+    """Keeps one model until a task names another one, what images became under one setting, and opened data sets."""
 
     def __init__(self, name: str = "local", device: torch.device | None = None, accelerator: str | None = None) -> None:
         """
@@ -59,6 +61,7 @@ class Session:
         self._source: ModelSource | None = None
         self._vlm: VisionLanguageModel | None = None
         self._datasets: dict[DatasetSource, Dataset] = {}
+        self._prepared = PreparedSamples()
 
     def run(self, task: Task) -> TaskResult:
         """Rows of a task, or the reason why there are none; what goes wrong comes back as data."""
@@ -123,7 +126,7 @@ class Session:
             for sample, image in usable:
                 begun = datetime.now(UTC)
                 timing = self._time(task, vlm, sample, image)
-                row = self._row(task, vlm, sample, image, timing.inputs, begun)
+                row = self._row(task, vlm, sample, image.height, image.width, timing.inputs, begun)
                 rows.append(row | {"repeat": repeat, "batch_size": task.protocol.batch_size} | _timing_columns(timing))
         return rows
 
@@ -137,42 +140,49 @@ class Session:
         assert task.protocol.metric is not None
         score = scorer(task.protocol.metric)
         rows: list[dict[str, Any]] = []
+        self._prepared.enter((task.model, task.dataset, task.knobs.vision))
         for refs in _batches(task.samples, task.protocol.batch_size):
-            ready: list[tuple[Sample, dict[str, Any]]] = []
-            batch: list[tuple[Inputs, Features]] = []
+            ready: list[tuple[PreparedSample, dict[str, Any]]] = []
             for ref in refs:
                 begun = datetime.now(UTC)
                 try:
-                    sample = _checked(dataset, ref)
-                    image = sample.image()
-                    inputs, features = self._encode(task, vlm, sample, image)
+                    prepared = self._prepare(task, vlm, dataset, ref)
                 except SampleError as error:
                     rows.append(self._failed_row(task, vlm, ref, error) | {"metric": score.name})
                     continue
-                batch.append((inputs, features))
-                ready.append((sample, self._row(task, vlm, sample, image, inputs, begun)))
+                row = self._row(task, vlm, prepared.sample, prepared.height, prepared.width, prepared.inputs, begun)
+                ready.append((prepared, row))
+            batch = [(prepared.inputs, prepared.features) for prepared, _ in ready]
             answers = vlm.answer(batch, task.protocol.max_new_tokens) if batch else []
-            for (sample, row), tokens in zip(ready, answers, strict=True):
+            for (prepared, row), tokens in zip(ready, answers, strict=True):
                 prediction = vlm.text(tokens)
                 rows.append(
                     row
                     | {
                         "output_tokens": len(tokens),
                         "stop_reason": "eos" if tokens and tokens[-1] in vlm.end_token_ids else "length",
-                        "question_type": sample.question_type,
+                        "question_type": prepared.sample.question_type,
                         "prediction": prediction,
                         "metric": score.name,
-                        "score": score.score(prediction, sample.answers),
+                        "score": score.score(prediction, prepared.sample.answers),
                     }
                 )
         return rows
 
     @torch.inference_mode()
-    def _encode(
-        self, task: Task, vlm: VisionLanguageModel, sample: Sample, image: Image.Image
-    ) -> tuple[Inputs, Features]:
+    def _prepare(self, task: Task, vlm: VisionLanguageModel, dataset: Dataset, ref: SampleRef) -> PreparedSample:
+        """A sample up to its vision features, which no other knob changes: made once for all combinations."""
+        found = self._prepared.find(ref, self.device)
+        if found is not None:
+            return found
+        sample = _checked(dataset, ref)
+        image = sample.image()
         inputs = vlm.transfer(self._preprocess(task, vlm, sample, image))
-        return inputs, vlm.encode_images(inputs.vision)
+        features = vlm.encode_images(inputs.vision)
+        without_pixels = {name: tensor for name, tensor in inputs.vision.items() if not name.startswith("pixel")}
+        made = PreparedSample(sample, image.height, image.width, replace(inputs, vision=without_pixels), features)
+        self._prepared.keep(made)
+        return made
 
     def _preprocess(self, task: Task, vlm: VisionLanguageModel, sample: Sample, image: Image.Image) -> Inputs:
         question = task.dataset.prompt_for(sample.question)
@@ -184,9 +194,16 @@ class Session:
     # -- rows -------------------------------------------------------------------------------------------------------
 
     def _row(
-        self, task: Task, vlm: VisionLanguageModel, sample: Sample, image: Image.Image, inputs: Inputs, begun: datetime
+        self,
+        task: Task,
+        vlm: VisionLanguageModel,
+        sample: Sample,
+        height: int,
+        width: int,
+        inputs: Inputs,
+        begun: datetime,
     ) -> dict[str, Any]:
-        layout = vlm.card.geometry.layout(image.height, image.width, task.knobs.vision)
+        layout = vlm.card.geometry.layout(height, width, task.knobs.vision)
         promised = (
             {}
             if layout is None
@@ -194,7 +211,7 @@ class Session:
                 "theoretical_num_crops": layout.num_crops,
                 "theoretical_tiling": f"{layout.tiling[0]}x{layout.tiling[1]}",
                 "theoretical_vision_tokens": layout.vision_tokens,
-                "aspect_mismatch": aspect_mismatch(image.height, image.width, layout),
+                "aspect_mismatch": aspect_mismatch(height, width, layout),
                 "target_resolution": f"{layout.target_height}x{layout.target_width}",
             }
         )
@@ -204,9 +221,9 @@ class Session:
             | {
                 "sample_id": sample.ref.uid,
                 "image_id": sample.image_id,
-                "image_height": image.height,
-                "image_width": image.width,
-                "image_aspect": image.width / image.height,
+                "image_height": height,
+                "image_width": width,
+                "image_aspect": width / height,
                 "actual_num_crops": inputs.num_crops,
                 "actual_vision_tokens": inputs.num_vision_tokens,
                 "prompt_tokens": inputs.num_prompt_tokens,

@@ -226,6 +226,19 @@ def merge_features(parts: Sequence[Features]) -> Features:
     return {name: _join([part[name] for part in parts]) for name in parts[0]} if len(parts) > 1 else parts[0]
 
 
+def features_to(features: Features, device: torch.device) -> Features:
+    """The same features on another device."""
+    return {name: _each(value, lambda tensor: tensor.to(device)) for name, value in features.items()}
+
+
+def features_bytes(features: Features) -> int:
+    """Bytes of all tensors in features."""
+    sizes: list[int] = []
+    for value in features.values():
+        _each(value, lambda tensor: sizes.append(tensor.numel() * tensor.element_size()))
+    return sum(sizes)
+
+
 def kv_cache_bytes(state: DecodeState) -> int:
     """Bytes of keys and values that the cache holds; blocks that are skipped hold none."""
     return sum(
@@ -238,6 +251,12 @@ def kv_cache_bytes(state: DecodeState) -> int:
 
 def _no_processor(card: ModelCard) -> str:
     return f"{card.name} has no tokenizer.json or no preprocessor_config.json, so it takes no images and questions"
+
+
+def _each(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    return [_each(item, change) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _join(values: list[Any]) -> Any:
