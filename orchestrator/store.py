@@ -52,7 +52,12 @@ def results_folder(results: str, sweep: str, *, root: str | None, in_job: bool) 
     Inside a job the current folder is a copy that Ray throws away, so a relative folder is resolved against `root`,
     else the variable SWEEP_RESULTS_ROOT, else the home folder of the head; a root that is relative itself is resolved
     against the home folder.
+
+    Raises:
+        StoreError: an address of something else than a folder.
     """
+    if "://" in results:
+        raise StoreError(f"{results}: only local folders are available yet; choose another with --results")
     start = Path.home() if in_job else Path.cwd()
     named = root or (os.environ.get(ROOT_VARIABLE) if in_job else None)
     base = start / Path(named or "").expanduser()

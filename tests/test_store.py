@@ -550,3 +550,8 @@ def test_where_results_go(
     else:
         monkeypatch.setenv("SWEEP_RESULTS_ROOT", variable)
     assert results_folder(results, "example", root=root, in_job=in_job) == tmp_path / expected
+
+
+def test_an_object_store_is_refused_rather_than_taken_for_a_folder() -> None:
+    with pytest.raises(StoreError, match=r"^s3://bucket/x: only local folders are available yet; choose another with"):
+        results_folder("s3://bucket/x", "demo", root=None, in_job=False)
