@@ -669,7 +669,25 @@ def test_an_image_is_encoded_once_for_all_depths_and_widths_and_nothing_changes(
     alone = [without_times(rows_of(Session("worker-1", torch.device("cpu")), task)) for task in tasks]
     passes = encodings(monkeypatch)
     assert [without_times(rows_of(session, task)) for task in tasks] == alone
-    assert len(passes) == 6, "six samples, however many combinations"
+    assert len(passes) == len({row["image_id"] for row in alone[0]}), "however many combinations"
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_questions_about_one_image_share_its_features_and_answers_stay_the_same(
+    sources: dict[str, ModelSource], session: Session, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    task = task_for(sources[name], samples=40)
+    images = {row["image_id"] for row in rows_of(Session("worker-1", torch.device("cpu")), task)}
+    assert len(images) < 40
+    alone = [
+        row
+        for ref in task.samples[:6]
+        for row in rows_of(Session("worker-1", torch.device("cpu")), replace(task, samples=(ref,)))
+    ]
+    passes = encodings(monkeypatch)
+    together = rows_of(session, task)
+    assert len(passes) == len(images)
+    assert without_times(together)[:6] == without_times(alone)
 
 
 def test_another_vision_setting_or_model_is_encoded_anew(
@@ -677,10 +695,11 @@ def test_another_vision_setting_or_model_is_encoded_anew(
 ) -> None:
     passes = encodings(monkeypatch)
     for edge in (32, 64):
-        rows_of(session, task_for(sources["tiny-smolvlm"], vision=VisionSetting("longest_edge", edge)))
-    assert len(passes) == 12
+        rows = rows_of(session, task_for(sources["tiny-smolvlm"], vision=VisionSetting("longest_edge", edge)))
+    images = len({row["image_id"] for row in rows})
+    assert len(passes) == 2 * images
     rows_of(session, task_for(sources["tiny-internvl"]))
-    assert len(passes) == 18
+    assert len(passes) == 3 * images
 
 
 def test_what_is_kept_stays_within_its_bound_and_the_rest_is_made_again(
@@ -688,6 +707,7 @@ def test_what_is_kept_stays_within_its_bound_and_the_rest_is_made_again(
 ) -> None:
     task = task_for(sources["tiny-smolvlm"], samples=24)
     expected = without_times(rows_of(session, task))
+    images = len({row["image_id"] for row in expected})
     everything = session._prepared.num_bytes
     assert everything > 0
     session._prepared = PreparedSamples(max_bytes=everything // 10)
@@ -695,7 +715,7 @@ def test_what_is_kept_stays_within_its_bound_and_the_rest_is_made_again(
     for _ in range(2):
         assert without_times(rows_of(session, task)) == expected
         assert 0 < session._prepared.num_bytes <= everything // 10
-    assert 24 < len(passes) < 48, "some are found again although ten times as many passed by"
+    assert images < len(passes) < 2 * 24, "some are found again although ten times as many passed by"
 
 
 def test_a_timed_answer_never_uses_what_is_kept(

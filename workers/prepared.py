@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
@@ -29,9 +30,9 @@ class PreparedSample:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes beside the features, which other questions about the image may share."""
         tensors = (*self.inputs.prompt.values(), *self.inputs.vision.values())
-        small = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        return small + features_bytes(self.features) + len(self.sample.image_bytes)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors) + len(self.sample.image_bytes)
 
 
 class PreparedSamples:
@@ -51,11 +52,13 @@ class PreparedSamples:
         self.num_bytes = 0
         self._group: Hashable = None
         self._kept: dict[SampleRef, PreparedSample] = {}
+        self._features: dict[bytes, Features] = {}
 
     def enter(self, group: Hashable) -> None:
         """Say what the following samples depend on: model, data set and vision setting."""
         if group != self._group:
             self._kept.clear()
+            self._features.clear()
             self.num_bytes, self._group = 0, group
 
     def find(self, ref: SampleRef, device: torch.device) -> PreparedSample | None:
@@ -63,12 +66,27 @@ class PreparedSamples:
         kept = self._kept.get(ref)
         return None if kept is None else _moved(kept, device)
 
+    def features_of(self, sample: Sample, device: torch.device) -> Features | None:
+        """The features of a sample's image, if another question about the same image was kept."""
+        kept = self._features.get(_image_key(sample))
+        return None if kept is None else features_to(kept, device)
+
     def keep(self, prepared: PreparedSample) -> None:
         """Keep a sample if there is room for it."""
-        size = prepared.num_bytes
-        if self.num_bytes + size <= self.max_bytes:
-            self._kept[prepared.sample.ref] = _moved(prepared, torch.device("cpu"))
-            self.num_bytes += size
+        key = _image_key(prepared.sample)
+        shared = self._features.get(key)
+        size = prepared.num_bytes + (features_bytes(prepared.features) if shared is None else 0)
+        if self.num_bytes + size > self.max_bytes:
+            return
+        if shared is None:
+            shared = self._features[key] = features_to(prepared.features, torch.device("cpu"))
+        self._kept[prepared.sample.ref] = replace(_moved(prepared, torch.device("cpu")), features=shared)
+        self.num_bytes += size
+
+
+def _image_key(sample: Sample) -> bytes:
+    # By content: two data sets, or two rows without an image id, may hold the same file.
+    return hashlib.sha256(sample.image_bytes).digest()
 
 
 def _moved(prepared: PreparedSample, device: torch.device) -> PreparedSample:

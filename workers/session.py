@@ -178,7 +178,9 @@ class Session:
         sample = _checked(dataset, ref)
         image = sample.image()
         inputs = vlm.transfer(self._preprocess(task, vlm, sample, image))
-        features = vlm.encode_images(inputs.vision)
+        features = self._prepared.features_of(sample, self.device)
+        if features is None:
+            features = vlm.encode_images(inputs.vision)
         without_pixels = {name: tensor for name, tensor in inputs.vision.items() if not name.startswith("pixel")}
         made = PreparedSample(sample, image.height, image.width, replace(inputs, vision=without_pixels), features)
         self._prepared.keep(made)
