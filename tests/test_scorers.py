@@ -10,14 +10,23 @@ from workers.scorers import (
     CONTRACTIONS,
     SCORERS,
     Scorer,
+    anls,
+    counting,
     exact_match,
     leave_one_out,
+    levenshtein,
     normalize_evalai,
     normalize_vqa,
+    parse_count,
+    parse_yes_no,
+    relaxed_accuracy,
     scorer,
+    yes_no,
 )
 
-SHORT_TEXT = st.text(alphabet="abtheno2 3,.'-?", max_size=12)
+SHORT_TEXT = st.text(alphabet="abtheno2 3,.'-?", max_size=12) | st.sampled_from(
+    ["yes", "No.", "two", "5%", "1e3", "inf"]
+)
 ANSWERS = st.lists(SHORT_TEXT, min_size=1, max_size=12)
 
 
@@ -131,7 +140,154 @@ def test_exact_match(prediction: str, gold: str, expected: float) -> None:
     assert exact_match(prediction, ["something else", gold]) == expected
 
 
+@pytest.mark.parametrize(
+    ("prediction", "expected"),
+    [
+        ("The Coca", 0.0),
+        ("CocaCola", 8 / 9),
+        ("Coca cola", 1.0),
+        ("Cola", 0.0),
+        ("Cat", 0.0),
+        (" The    Coca ", 0.0),
+        ("   CocaCola  ", 8 / 9),
+    ],
+)
+def test_anls_published_example(prediction: str, expected: float) -> None:
+    assert anls(prediction, ["Coca Cola", "Coca Cola Company"]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold", "expected"),
+    [
+        ("0.29", "0.28", 0.75),
+        ("1975.", "1975", 0.8),
+        ("the year 1975", "1975", 0.0),
+        ("ab", "ac", 0.0),  # exactly half: some harnesses give 0.5
+        ("", "x", 0.0),
+        ("", "", 1.0),
+    ],
+)
+def test_anls(prediction: str, gold: str, expected: float) -> None:
+    assert anls(prediction, [gold]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "expected"), [("", "", 0), ("", "abc", 3), ("kitten", "sitting", 3), ("flaw", "lawn", 2)]
+)
+def test_levenshtein(left: str, right: str, expected: int) -> None:
+    assert levenshtein(left, right) == levenshtein(right, left) == expected
+
+
+PIX2STRUCT_PAIRS = [
+    ("abc", "abc", 1.0),
+    ("abc", "Abc", 1.0),
+    ("Abc", "abc", 1.0),
+    ("100%", "96%", 1.0),
+    ("100%", "94%", 0.0),
+    ("100%", "0.96", 1.0),
+    ("100%", "0.94", 0.0),
+    ("Don't", "Won't", 0.0),
+]
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold", "expected"),
+    [
+        *PIX2STRUCT_PAIRS,
+        ("10.5", "10", 1.0),
+        ("10.51", "10", 0.0),
+        ("9.5", "10", 1.0),
+        ("14", "14%", 0.0),
+        ("0", "0", 1.0),
+        ("0.0", "0", 0.0),  # a gold of 0 is compared as text
+        ("1,000", "1000", 0.0),
+        ("$5", "5", 0.0),
+        ("yes.", "yes", 0.0),
+        ("2019", "2100", 1.0),  # the known weakness with years
+        ("nan", "5", 0.0),
+        ("1e3", "1000", 1.0),
+    ],
+)
+def test_relaxed_accuracy(prediction: str, gold: str, expected: float) -> None:
+    assert relaxed_accuracy(prediction, [gold]) == expected
+    assert relaxed_accuracy(prediction, ["something else", gold]) == expected
+
+
+def test_published_means_of_the_pix2struct_pairs() -> None:
+    def mean(name: str) -> float:
+        scores = [SCORERS[name].score(prediction, [gold]) for prediction, gold, _ in PIX2STRUCT_PAIRS]
+        return sum(scores) / len(scores)
+
+    assert mean("relaxed_accuracy") == 0.625
+    assert mean("anls") == pytest.approx(0.475)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("3", 3),
+        ("There are 3 dogs.", 3),
+        ("3.0", 3),
+        ("3 or 4", 3),
+        ("21", 21),
+        ("none", 0),
+        ("no dogs", 0),
+        ("zero", 0),
+        ("Twenty", 20),
+        ("1,000", 1000),
+        ("-2", -2),
+        ("2.5", None),
+        ("2.5kg", None),
+        ("I see two cats and three dogs", 2),
+        ("No, there are 3", 3),
+        ("13th", None),
+        ("1,000th", None),
+        ("many", None),
+        ("", None),
+        ("9" * 5000, None),  # beyond what can be converted
+    ],
+)
+def test_count_parsing(text: str, expected: int | None) -> None:
+    assert parse_count(text) == expected
+
+
+def test_counting() -> None:
+    assert counting("There are three.", ["3"]) == 1.0
+    assert counting("There are three.", ["4", "3.0"]) == 1.0
+    assert counting("There are three.", ["4"]) == 0.0
+    assert counting("many", ["many"]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Yes.", "yes"),
+        ("No, there is not", "no"),
+        ("There is no dog.", "no"),
+        ("I don't know", None),
+        ("", None),
+        ("The answer is yes", "yes"),
+        ("Yes. No doubt", None),
+        ("Know", None),
+        ("Nope", None),
+        ("**Yes**", "yes"),
+    ],
+)
+def test_yes_no_parsing(text: str, expected: str | None) -> None:
+    assert parse_yes_no(text) == expected
+
+
+def test_yes_no_counts_an_unclear_answer_as_wrong() -> None:
+    predictions = ["yes", "yes", "no", "no", "maybe", "yes"]
+    gold = ["yes", "no", "yes", "no", "yes", "yes"]
+    scores = [yes_no(prediction, [answer]) for prediction, answer in zip(predictions, gold, strict=True)]
+    assert scores == [1.0, 0.0, 0.0, 1.0, 0.0, 1.0]
+
+
 # --- The contract every scorer keeps; a new entry of SCORERS is covered without a new test ---
+
+# Right and wrong for every metric: as text, as a count (0 and 1) and as yes or no.
+RIGHT, WRONG = "no dogs", "yes, 1"
 
 each_scorer = pytest.mark.parametrize("candidate", SCORERS.values(), ids=list(SCORERS))
 
@@ -149,10 +305,10 @@ def test_score_is_bounded_and_ignores_answer_order(
 
 @each_scorer
 def test_right_wrong_and_empty_predictions(candidate: Scorer) -> None:
-    assert candidate.score("7", ["7"] * 10) == 1.0
-    assert candidate.score("8", ["7"] * 10) == 0.0
-    assert candidate.score(" \n", ["7"] * 10) == 0.0
-    assert candidate.score("7", ["7"] * candidate.minimum_answers) > 0.0
+    assert candidate.score(RIGHT, [RIGHT] * 10) == 1.0
+    assert candidate.score(WRONG, [RIGHT] * 10) == 0.0
+    assert candidate.score(" \n", [RIGHT] * 10) == 0.0
+    assert candidate.score(RIGHT, [RIGHT] * candidate.minimum_answers) > 0.0
 
 
 @each_scorer

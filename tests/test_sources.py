@@ -1,14 +1,76 @@
 """A sweep's data set entry becomes a complete source, or one line that says what is missing and what there is."""
 
+import io
 import pickle
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
-from workers.datasets import Columns, DatasetSource, presets, resolve_source
+from workers.datasets import Columns, Dataset, DatasetSource, presets, resolve_source
 from workers.errors import DatasetError
-from workers.scorers import SCORERS
+from workers.scorers import SCORERS, scorer
+
+# For every hub preset the columns its rows have, with their types, and one row besides its image.
+TEXT, TEXTS = pa.string(), pa.list_(pa.string())
+VQA_ANSWERS = pa.list_(pa.struct({"answer": TEXT, "answer_confidence": TEXT, "answer_id": pa.int64()}))
+HUB_ROWS: dict[str, dict[str, tuple[pa.DataType, Any]]] = {
+    "vqa_v2": {
+        "question_type": (TEXT, "what color is the"),
+        "multiple_choice_answer": (TEXT, "red"),
+        "answers": (VQA_ANSWERS, [{"answer": "red", "answer_confidence": "yes", "answer_id": i} for i in range(1, 11)]),
+        "image_id": (pa.int64(), 262148),
+        "answer_type": (TEXT, "other"),
+        "question_id": (pa.int64(), 262148000),
+        "question": (TEXT, "What color is the car?"),
+    },
+    "textvqa": {
+        "image_id": (TEXT, "003a8ae2ef43b901"),
+        "question_id": (pa.int32(), 34602),
+        "question": (TEXT, "what is the brand of this camera?"),
+        "question_tokens": (TEXTS, ["what", "is", "the", "brand", "of", "this", "camera"]),
+        "image_width": (pa.int32(), 1024),
+        "image_height": (pa.int32(), 664),
+        "image_classes": (TEXTS, ["Camera"]),
+        "ocr_tokens": (TEXTS, ["DAKOTA", "DIGITAL"]),
+        "answers": (TEXTS, ["red"] * 10),
+        "set_name": (TEXT, "val"),
+    },
+    "okvqa": {
+        "question_id": (TEXT, "2971475"),
+        "question": (TEXT, "What sport can you use this for?"),
+        "answers": (TEXTS, ["red"] * 10),
+        "question_type": (TEXT, "four"),
+        "answer_type": (TEXT, "other"),
+    },
+    "docvqa": {
+        "questionId": (TEXT, "49153"),
+        "question": (TEXT, "What is the value in the chart?"),
+        "question_types": (TEXTS, ["figure/diagram"]),
+        "docId": (pa.int64(), 14465),
+        "ucsf_document_id": (TEXT, "pybv0228"),
+        "ucsf_document_page_no": (TEXT, "81"),
+        "answers": (TEXTS, ["green", "red"]),
+        "data_split": (TEXT, "val"),
+    },
+    "chartqa": {
+        "type": (TEXT, "human_test"),
+        "question": (TEXT, "Which colour is the tallest bar?"),
+        "answer": (TEXT, "red"),
+    },
+    "pope": {
+        "id": (TEXT, "0"),
+        "question_id": (TEXT, "1"),
+        "question": (TEXT, "Is there a snowboard in the image?"),
+        "answer": (TEXT, "yes"),
+        "image_source": (TEXT, "COCO_val2014_000000310196"),
+        "category": (TEXT, "adversarial"),
+    },
+}
 
 
 def local(folder: Path, **entry: Any) -> DatasetSource:
@@ -25,6 +87,64 @@ def test_project_presets_are_complete() -> None:
         assert preset.max_new_tokens >= 1
         assert (preset.path is None) != (preset.hub_id is None)
     assert Path(str(known["demo"].path)).is_dir()
+
+
+def picture(colour: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 6), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_hub_rows(file: Path, preset: str, count: int) -> None:
+    """Write rows that differ in their id, so that the id column must be the right one; images come in pairs."""
+    columns = HUB_ROWS[preset]
+    id_column = presets()[preset].columns.id
+    rows = []
+    for index in range(count):
+        row = {name: value for name, (_, value) in columns.items()}
+        if id_column is not None:
+            row[id_column] = type(row[id_column])(int(row[id_column]) + index)
+        rows.append(row | {"image": {"bytes": picture(["red", "blue"][index // 2]), "path": f"{index}.png"}})
+    image_type = pa.struct({"bytes": pa.binary(), "path": TEXT})
+    schema = pa.schema({name: kind for name, (kind, _) in columns.items()} | {"image": image_type})
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), file)
+
+
+def test_every_hub_preset_has_rows_to_test_it_with() -> None:
+    assert set(HUB_ROWS) == {name for name, preset in presets().items() if preset.hub_id is not None}
+
+
+@pytest.mark.parametrize("name", HUB_ROWS)
+def test_a_hub_preset_resolves_to_the_hub(name: str, tmp_path: Path) -> None:
+    source = resolve_source(name=name, base_folder=tmp_path)
+    assert source.path is None
+    assert str(source.hub_id).startswith("lmms-lab-encoder/")
+    assert source.prompt_for("Why?").startswith("Why?\n")
+    assert "\nAnswer the question " in source.prompt
+
+
+@pytest.mark.parametrize("name", HUB_ROWS)
+def test_a_local_copy_of_a_hub_preset_is_read_and_scored(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    file = tmp_path / "rows.parquet"
+    write_hub_rows(file, name, count=4)
+    dataset = Dataset.open(resolve_source(name=name, path=str(file), base_folder=tmp_path))
+    refs = dataset.select(None, seed=0)
+    samples = [dataset.sample(ref.uid) for ref in refs]
+    assert len({ref.uid for ref in refs}) == 4
+    columns = dataset.source.columns
+    by_content = columns.image_id is None
+    assert len({sample.image_id for sample in samples}) == (2 if by_content else 1)
+    for sample in samples:
+        assert sample.image().size == (8, 6)
+        assert sample.question == HUB_ROWS[name]["question"][1]
+        if columns.question_type is not None:
+            assert sample.question_type == HUB_ROWS[name][columns.question_type][1]
+        score = scorer(dataset.source.metric).score
+        assert score(sample.answers[-1].capitalize(), sample.answers) == 1.0
+        assert score("nothing of the kind", sample.answers) == 0.0
 
 
 def test_a_preset_gives_defaults_and_the_entry_wins(tmp_path: Path) -> None:
