@@ -93,12 +93,12 @@ def print_results(rows: pd.DataFrame) -> None:
     console.print(table)
 
 
-def print_failures(failures: pd.DataFrame, failed_rows: int, failed_samples: pd.DataFrame | None = None) -> None:
+def print_failures(failures: pd.DataFrame, failed_rows: int, failed_samples: pd.DataFrame) -> None:
     """A line per failed task, and the samples that failed inside finished ones, each with a reason.
 
     Args:
         failed_rows: how many rows those samples have left.
-        failed_samples: see `Recorder.failed_samples`; without it only the rows are counted.
+        failed_samples: see `Recorder.failed_samples`.
     """
     for _, row in failures.head(MOST_FAILURES_SHOWN).iterrows():
         knobs = (
@@ -107,10 +107,8 @@ def print_failures(failures: pd.DataFrame, failed_rows: int, failed_samples: pd.
         print(f"failed   {row['model']} {row['kind']} {knobs}: {row['failure']}: {row['reason']}")
     if len(failures) > MOST_FAILURES_SHOWN:
         print(f"failed   ... and {len(failures) - MOST_FAILURES_SHOWN} more, in the tasks table")
-    if failed_rows and failed_samples is not None and len(failed_samples):
+    if len(failed_samples):
         _print_failed_samples(failed_samples, failed_rows)
-    elif failed_rows:
-        print(f"failed   {_count(failed_rows, 'row')} of single samples, see the column error of the sample tables")
 
 
 def _print_failed_samples(samples: pd.DataFrame, rows: int) -> None:

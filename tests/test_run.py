@@ -265,6 +265,24 @@ def test_an_interruption_keeps_what_has_finished_and_the_same_command_goes_on(
 
 
 @pytest.mark.chaos
+def test_a_killed_driver_loses_nothing_that_was_committed(cluster: Cluster, run, tmp_path: Path) -> None:
+    text = small(samples=12, blocks="[1, 2, 3, 4, 5, 6]")
+    process = _started(text, tmp_path, cluster)
+    process.kill()
+    process.communicate(timeout=60)
+    kept = read(tmp_path, "latency").set_index(["task_id", "sample_id", "repeat"])["total_ms"]
+
+    code, _, _ = run(text)
+    assert code == DONE
+    tasks = read(tmp_path, "tasks")
+    assert tasks["task_id"].is_unique
+    assert len(tasks) == 24
+    after = read(tmp_path, "latency").set_index(["task_id", "sample_id", "repeat"])["total_ms"]
+    assert after.index.is_unique
+    assert (after[kept.index] == kept).all(), "what was committed is not measured again"
+
+
+@pytest.mark.chaos
 def test_a_worker_that_is_killed_is_replaced_and_nothing_is_counted_twice(
     cluster: Cluster, run, tmp_path: Path
 ) -> None:

@@ -47,12 +47,14 @@ class Family(ABC):
         model_types: values of `model_type` in config.json that belong to it.
         special_tokens: tokens that a tokenizer must have; used where a model has no tokenizer of its own.
         weight_suffixes: files that weights are read from.
+        own_weight_layout: whether `load_weights` has something to do.
     """
 
     name: str
     model_types: tuple[str, ...] = ()
     special_tokens: tuple[str, ...] = ()
     weight_suffixes: tuple[str, ...] = (".safetensors",)
+    own_weight_layout: bool = False
 
     @property
     @abstractmethod

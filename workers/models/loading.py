@@ -147,9 +147,10 @@ def _from_checkpoint(card: ModelCard, dtype: torch.dtype, device: torch.device, 
     from transformers import AutoModelForImageTextToText
 
     card.family.register_classes()
-    own = card.family.load_weights(_local_folder(card), dtype, device, backends)
-    if own is not None:
-        return own
+    if card.family.own_weight_layout:
+        own = card.family.load_weights(_local_folder(card), dtype, device, backends)
+        if own is not None:
+            return own
     # Only safetensors, never code from the checkpoint: loading a model must not run a stranger's program.
     model, report = AutoModelForImageTextToText.from_pretrained(
         _place(card),

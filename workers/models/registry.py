@@ -167,8 +167,10 @@ def _from_hub(name: str, hub_id: str, revision: str | None, random_weights: bool
         raise ModelError(f"{hub_id} has no config.json that can be read{' (offline)' if offline else ''}")
     family = _family_of(config, hub_id)
     preprocessor = read_preprocessor(located, offline)
-    weights = f"random:{RANDOM_SEED}:{_digest([config, preprocessor])}" if random_weights else "hub:"
-    fingerprint = weights if random_weights else f"hub:{hub_id}@{located.revision}"
+    if random_weights:
+        fingerprint = f"random:{RANDOM_SEED}:{_digest([config, preprocessor])}"
+    else:
+        fingerprint = f"hub:{hub_id}@{located.revision}"
     return _card(name, family, located, config, preprocessor, fingerprint)
 
 

@@ -126,6 +126,7 @@ class MolmoE(Family):
     special_tokens = (START, END, PATCH_TOKEN, COLUMN, IMAGE)
     # The published weights are a pytorch_model.bin; it is read as tensors only, never as a program.
     weight_suffixes = (".safetensors", ".bin")
+    own_weight_layout = True
 
     @property
     def registered(self) -> Mapping[str, Registered]:
