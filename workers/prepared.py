@@ -64,7 +64,9 @@ class PreparedSamples:
     def find(self, ref: SampleRef, device: torch.device) -> PreparedSample | None:
         """A sample that was kept, its tensors on `device`."""
         kept = self._kept.get(ref)
-        return None if kept is None else _moved(kept, device)
+        if kept is None:
+            return None
+        return replace(kept, inputs=kept.inputs.to(device), features=features_to(kept.features, device))
 
     def features_of(self, sample: Sample, device: torch.device) -> Features | None:
         """The features of a sample's image, if another question about the same image was kept."""
@@ -78,22 +80,13 @@ class PreparedSamples:
         size = prepared.num_bytes + (features_bytes(prepared.features) if shared is None else 0)
         if self.num_bytes + size > self.max_bytes:
             return
+        host = torch.device("cpu")
         if shared is None:
-            shared = self._features[key] = features_to(prepared.features, torch.device("cpu"))
-        self._kept[prepared.sample.ref] = replace(_moved(prepared, torch.device("cpu")), features=shared)
+            shared = self._features[key] = features_to(prepared.features, host)
+        self._kept[prepared.sample.ref] = replace(prepared, inputs=prepared.inputs.to(host), features=shared)
         self.num_bytes += size
 
 
 def _image_key(sample: Sample) -> bytes:
     # By content: two data sets, or two rows without an image id, may hold the same file.
     return hashlib.sha256(sample.image_bytes).digest()
-
-
-def _moved(prepared: PreparedSample, device: torch.device) -> PreparedSample:
-    inputs = prepared.inputs
-    moved = replace(
-        inputs,
-        prompt={name: tensor.to(device) for name, tensor in inputs.prompt.items()},
-        vision={name: tensor.to(device) for name, tensor in inputs.vision.items()},
-    )
-    return replace(prepared, inputs=moved, features=features_to(prepared.features, device))

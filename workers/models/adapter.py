@@ -97,12 +97,7 @@ class VisionLanguageModel:
 
     def transfer(self, inputs: Inputs) -> Inputs:
         """Tensors to the device."""
-        return Inputs(
-            {name: tensor.to(self.device) for name, tensor in inputs.prompt.items()},
-            {name: tensor.to(self.device) for name, tensor in inputs.vision.items()},
-            inputs.num_crops,
-            inputs.num_vision_tokens,
-        )
+        return inputs.to(self.device)
 
     def encode_images(self, vision: Tensors, on_tower_end: Callable[[], None] | None = None) -> Features:
         """Vision tower and projector: pixels to the embeddings that the language model reads.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,14 @@ class Inputs:
     vision: Tensors
     num_crops: int | None
     num_vision_tokens: int
+
+    def to(self, device: torch.device) -> Inputs:
+        """The same tensors on another device."""
+        return replace(
+            self,
+            prompt={name: tensor.to(device) for name, tensor in self.prompt.items()},
+            vision={name: tensor.to(device) for name, tensor in self.vision.items()},
+        )
 
     @property
     def num_prompt_tokens(self) -> int:
