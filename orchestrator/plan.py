@@ -14,7 +14,7 @@ from typing import Any
 
 from knobs.blocks import prefix_blocks, refuse_blocks
 from knobs.experts import refuse_top_k
-from knobs.vision import VISION_AXES, VisionLayout, VisionSetting
+from knobs.vision import VISION_AXES, VISION_OPTIONS, VisionLayout, VisionSetting
 from orchestrator.sampling import sample
 from orchestrator.spec import Sweep
 from workers.datasets import DatasetSource, SampleRef
@@ -163,10 +163,10 @@ def expand(sweep: Sweep, card: ModelCard) -> _Points:
             axes[axis] = levels
     seen: set[Knobs] = set()
     for point in sample(axes, sweep.sampling.strategy, sweep.sampling.n, sweep.sampling.seed):
-        if reason := _refusal(card, point):
+        if reason := _refusal(sweep, card, point):
             points.skips.append(Skip(card.name, point, reason))
             continue
-        knobs = effective_knobs(card, point)
+        knobs = effective_knobs(sweep, card, point)
         if knobs in seen:
             # 16 blocks of 16 and the list of all sixteen are one combination, measured once.
             continue
@@ -175,13 +175,23 @@ def expand(sweep: Sweep, card: ModelCard) -> _Points:
     return points
 
 
-def effective_knobs(card: ModelCard, point: Mapping[str, Any]) -> Knobs:
+def effective_knobs(sweep: Sweep, card: ModelCard, point: Mapping[str, Any]) -> Knobs:
     """A point of the grid with nothing left to a default: the model's own top-k, every block by index."""
-    axis = next((name for name in VISION_AXES if name in point), None)
-    vision = VisionSetting() if axis is None else VisionSetting(axis, point[axis])
+    vision = card.geometry.complete(_vision(sweep, point))
     blocks = point.get("active_blocks", card.num_blocks)
     kept = prefix_blocks(blocks, card.num_blocks) if isinstance(blocks, int) else tuple(blocks)
     return Knobs(vision, point.get("moe_top_k", card.moe_top_k), kept)
+
+
+def _vision(sweep: Sweep, point: Mapping[str, Any]) -> VisionSetting:
+    """The vision part of a point, as the sweep asked for it."""
+    options = {name: point[name] for name in VISION_OPTIONS if name in point}
+    axis = next((name for name in VISION_AXES if name in point), None)
+    if axis is None:
+        return VisionSetting(**options)
+    selection = sweep.crop_selection
+    tier = selection.tier(point[axis]) if axis == "tier" else None
+    return VisionSetting(axis, point[axis], tier, selection.aspect_distance, **options)
 
 
 def _lacks(card: ModelCard, axis: str) -> str | None:
@@ -189,15 +199,14 @@ def _lacks(card: ModelCard, axis: str) -> str | None:
         return None if card.num_experts is not None else "the model is dense"
     if axis == "active_blocks":
         return None
-    if axis in card.geometry.axes:
+    if axis in card.geometry.axes or axis in card.geometry.options:
         return None
-    has = ", ".join(card.geometry.axes) or "none"
+    has = ", ".join((*card.geometry.axes, *card.geometry.options)) or "none"
     return f"family {card.family.name} has no such vision knob (it has: {has})"
 
 
-def _refusal(card: ModelCard, point: Mapping[str, Any]) -> str | None:
-    axis = next((name for name in VISION_AXES if name in point), None)
-    if axis is not None and (reason := card.geometry.refuse(VisionSetting(axis, point[axis]))):
+def _refusal(sweep: Sweep, card: ModelCard, point: Mapping[str, Any]) -> str | None:
+    if reason := card.geometry.refuse(_vision(sweep, point)):
         return reason
     if "moe_top_k" in point and (reason := refuse_top_k(point["moe_top_k"], card.num_experts)):
         return reason

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from knobs.vision import VISION_AXES, VisionLayout, VisionSetting
 from orchestrator.analysis import aggregate
 from orchestrator.plan import Combination, Plan, Skip, digest
-from orchestrator.spec import VISION_AXES, Sweep
+from orchestrator.spec import Sweep
 from orchestrator.store import DamagedParts, Place, ResultStore
 from workers.datasets import fingerprint
 from workers.schema import SCHEMA_VERSION, Kind, Status, Task, knob_columns, to_table
@@ -110,8 +111,7 @@ class Recorder:
         if pinned is not None:
             promised = {
                 "theoretical_num_crops": pinned.num_crops,
-                # Of several crops only the number is the same for every image; their tiling follows its aspect.
-                "theoretical_tiling": "1x1" if pinned.num_crops == 1 else None,
+                "theoretical_tiling": _promised_tiling(combination.knobs.vision, pinned),
                 "theoretical_vision_tokens": pinned.vision_tokens,
             }
         return (
@@ -276,6 +276,12 @@ def _task_row(outcome: Outcome) -> dict[str, Any]:
     )
 
 
+def _promised_tiling(setting: VisionSetting, pinned: VisionLayout) -> str | None:
+    """The tiling that every image gets. Of a mere number of crops only one is the same grid for every aspect."""
+    same_for_all = setting.knob == "image_size" or pinned.num_crops == 1
+    return f"{pinned.tiling[0]}x{pinned.tiling[1]}" if same_for_all else None
+
+
 def _first(values: pd.Series) -> Any:
     """The first value that is there: the row of a failed sample may say nothing."""
     return next(iter(values.dropna()), None)
@@ -288,6 +294,10 @@ def _requested_knobs(point: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "vision_knob": axis,
         "vision_value": str(point[axis]) if axis in point else None,
+        "image_size": point.get("image_size"),
+        "tier": point.get("tier"),
+        "force_full_tokens": point.get("force_full_tokens"),
+        "resize_to_fill": point.get("resize_to_fill"),
         "moe_top_k": point.get("moe_top_k"),
         "num_active_blocks": blocks if isinstance(blocks, int) else len(blocks) if blocks else None,
         "active_blocks": None if blocks is None or isinstance(blocks, int) else list(blocks),

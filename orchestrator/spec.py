@@ -10,12 +10,14 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from knobs.tiling import TIERS
+from knobs.vision import VISION_AXES
 from orchestrator.spec_errors import KeyPath, Problem, SpecError, dotted, nearest
 from orchestrator.spec_models import (
-    VISION_AXES,
     Accuracy,
     BlockSelection,
     Columns,
+    CropSelection,
     DatasetEntry,
     HardwareEntry,
     Knobs,
@@ -27,10 +29,10 @@ from orchestrator.spec_models import (
 from orchestrator.yaml_lines import Document, parse, read_text
 
 __all__ = [
-    "VISION_AXES",
     "Accuracy",
     "BlockSelection",
     "Columns",
+    "CropSelection",
     "DatasetEntry",
     "HardwareEntry",
     "Knobs",
@@ -193,6 +195,7 @@ def _broken_rules(document: Document) -> Iterator[tuple[KeyPath, str]]:
     hardware = [_completed(entry, HardwareEntry) for entry in _list(data.get("hardware"))]
     devices = [(entry["accelerator"], entry["min_memory_gb"]) if "accelerator" in entry else None for entry in hardware]
     yield from _repeated(("hardware",), devices, "the same accelerator is listed twice", document)
+    yield from _tiers(_mapping(data.get("crop_selection")), _list(knobs.get("tier")), document)
     yield from _block_selection(_mapping(data.get("block_selection")))
     yield from _sampling(_mapping(data.get("sampling")))
     if all(key in data and (data[key] is False or data[key] == "off") for key in ("latency", "accuracy")):
@@ -216,6 +219,29 @@ def _repeated(path: KeyPath, values: list[Any], what: str, document: Document) -
             line = document.line_of(dotted((*path, index_of_first)))
             spelling = document.scalars.get(dotted((*path, index)), value)
             yield (*path, index), f"{what.format(value=spelling)}, first on line {line}"
+
+
+def _tiers(crop_selection: dict[str, Any], levels: list[Any], document: Document) -> Iterator[tuple[KeyPath, str]]:
+    defined = [_mapping(entry) for entry in _list(crop_selection.get("tiers"))]
+    names = [entry.get("name") for entry in defined]
+    yield from _repeated(("crop_selection", "tiers"), names, "the tier {value} is defined twice", document)
+    for index, entry in enumerate(defined):
+        least, most = entry.get("min_crops"), entry.get("max_crops")
+        if not (type(least) is int and type(most) is int):
+            continue
+        path: KeyPath = ("crop_selection", "tiers", index)
+        if least > most:
+            yield (*path, "max_crops"), f"must be at least min_crops, {least}, got {most}"
+            continue
+        for position, crops in enumerate(_list(entry.get("preferred_crops"))):
+            if type(crops) is int and not least <= crops <= most:
+                yield (*path, "preferred_crops", position), f"must be {least} to {most}, got {crops}"
+    known = [*TIERS, *(name for name in names if isinstance(name, str) and name not in TIERS)]
+    for index, level in enumerate(levels):
+        if isinstance(level, str) and level not in known:
+            meant = nearest(level, known)
+            hint = f", did you mean {meant}?" if meant else ", or define it under crop_selection.tiers"
+            yield ("knobs", "tier", index), f"must be one of {', '.join(known)}, got {level!r}{hint}"
 
 
 def _block_selection(block_selection: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:

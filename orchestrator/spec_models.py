@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
+from knobs.tiling import MISMATCH_THRESHOLD, TIERS, AspectDistance, Tier
+from knobs.vision import VISION_AXES
 from orchestrator.spec_errors import Problem
 from orchestrator.spec_values import (
     AlsoAllowed,
@@ -34,12 +36,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"]
 ExpertsImplementation = Literal["eager", "grouped_mm", "batched_mm"]
 Engine = Literal["eager", "graph"]
-Tier = Literal["low", "medium", "high"]
 SelectionMethod = Literal["prefix", "importance", "accuracy_drop", "nll", "activation", "similarity"]
 Strategy = Literal["full", "balanced", "stratified", "boundary", "lhs"]
-
-VISION_AXES = ("image_size", "vision_tokens", "tier", "crops", "longest_edge", "tiles")
-"""The axes that each say how large an image goes into the vision tower; a sweep moves at most one of them."""
 
 
 class Section(BaseModel):
@@ -116,7 +114,7 @@ class Knobs(Section):
 
     image_size: Levels[ImageSize] = Field((), description="Vision axis: image HEIGHTxWIDTH in pixels, e.g. 560x336.")
     vision_tokens: Levels[CountInt] = Field((), description="Vision axis: target number of vision tokens per image.")
-    tier: Levels[Annotated[Tier, one_of(Tier)]] = Field((), description="Vision axis: low, medium or high.")
+    tier: Levels[Text] = Field((), description="Vision axis: low, medium, high, or a tier that crop_selection defines.")
     crops: Levels[CountInt] = Field((), description="Vision axis: number of crops per image, without the global view.")
     longest_edge: Levels[CountInt] = Field(
         (), description="Vision axis: longest image side in pixels before it is split into crops (SmolVLM2)."
@@ -125,10 +123,12 @@ class Knobs(Section):
         (), description="Vision axis: number of tiles an image is cut into, without the thumbnail (InternVL)."
     )
     force_full_tokens: Levels[Flag] = Field(
-        (), description="Whether every image is brought to the full number of vision tokens of its setting."
+        (), description="Whether crops keep also those vision tokens that neighbouring crops share (MolmoE)."
     )
     resize_to_fill: Levels[Flag] = Field(
-        (), description="Whether the image is stretched over the whole target instead of keeping its aspect ratio."
+        (),
+        description="true: the image covers its canvas, the overhang is cut off; false: all of it, black around. "
+        "Default: the family's own way.",
     )
     moe_top_k: Levels[CountInt] = Field((), description="Number of experts that each token is sent to, per MoE layer.")
     active_blocks: Levels[BlockSetting] = Field(
@@ -146,6 +146,36 @@ class Knobs(Section):
     def vision_axis(self) -> str | None:
         """The one vision axis of the sweep, or None when images keep their native size."""
         return next((name for name in VISION_AXES if getattr(self, name)), None)
+
+
+class TierEntry(Section):
+    """A range of crop counts within which every image gets the count that suits its shape."""
+
+    name: SafeName = Field(description="Name, as knobs.tier uses it; low, medium and high may be defined anew.")
+    min_crops: CountInt = Field(description="Fewest crops, without the global view.")
+    max_crops: CountInt = Field(description="Most crops, without the global view.")
+    preferred_crops: Entries[CountInt] = Field(description="Crop counts that are tried first.")
+    mismatch_threshold: PositiveNumber = Field(
+        MISMATCH_THRESHOLD, description="A preferred count is taken if its mismatch of aspect is below this."
+    )
+
+
+class CropSelection(Section):
+    """How vision_tokens, crops and tier become rows and columns of crops for each image."""
+
+    aspect_distance: Annotated[AspectDistance, one_of(AspectDistance)] = Field(
+        "linear",
+        description="linear: difference of width/height; log: of its logarithm, which gives mirrored images mirrored "
+        "grids.",
+    )
+    tiers: Entries[TierEntry] | None = Field(None, description="Tiers beside low, medium and high, or instead.")
+
+    def tier(self, name: str) -> Tier | None:
+        """The definition of a tier: this sweep's own, else the built-in one, else None."""
+        own = next((entry for entry in self.tiers or () if entry.name == name), None)
+        if own is None:
+            return TIERS.get(name)
+        return Tier(own.name, own.min_crops, own.max_crops, own.preferred_crops, own.mismatch_threshold)
 
 
 class BlockSelection(Section):
@@ -203,6 +233,9 @@ class Sweep(Section):
     )
     knobs: Annotated[Knobs, BeforeValidator(lambda value: {} if value is None else value)] = Field(
         Knobs(), description="The axes of the grid, each with the list of its levels."
+    )
+    crop_selection: CropSelection = Field(
+        CropSelection(), description="How vision_tokens, crops and tier become a grid of crops for each image."
     )
     block_selection: BlockSelection = Field(
         BlockSelection(), description="How a number of active blocks becomes a list of blocks."

@@ -94,8 +94,8 @@ def row(of: Task, ref: SampleRef, **changes: Any) -> dict[str, Any]:
         "image_height": 48,
         "image_width": 64,
         "image_aspect": 4 / 3,
-        "theoretical_num_crops": 4,
-        "theoretical_tiling": "2x2",
+        "selected_crops": 4,
+        "selected_tiling": "2x2",
         "theoretical_vision_tokens": 80,
         "aspect_mismatch": 1 / 3,
         "target_resolution": "64x64",
@@ -104,6 +104,8 @@ def row(of: Task, ref: SampleRef, **changes: Any) -> dict[str, Any]:
         "prompt_tokens": 100,
         "output_tokens": of.protocol.max_new_tokens,
         "status": "done",
+        "valid": True,
+        "invalid_reasons": [],
         "worker": "h100-0",
         "started_at": STARTED,
         **changes,
@@ -123,8 +125,6 @@ def timed_row(of: Task, ref: SampleRef, repeat: int = 0, total_ms: float = 60.0,
         "total_ms": total_ms,
         "residual_ms": 0.0,
         "kv_cache_bytes": 4096,
-        "valid": True,
-        "invalid_reasons": [],
         **changes,
     }
 
@@ -138,7 +138,7 @@ def scored_row(of: Task, ref: SampleRef, score: float = 1.0, **changes: Any) -> 
 def failed_row(of: Task, ref: SampleRef) -> dict[str, Any]:
     """A row of a sample that could not be used: nothing is known but that and why."""
     known = {"sample_id": ref.uid, "status": "failed", "error": f"{ref.uid}: broken image", "worker": "h100-0"}
-    flags = {"valid": False, "invalid_reasons": ["failed"]} if of.kind is Kind.LATENCY else {}
+    flags = {"valid": False, "invalid_reasons": ["failed"]}
     return {"sweep": of.sweep, "task_id": of.task_id, **knob_columns(of.knobs), **known, **flags}
 
 

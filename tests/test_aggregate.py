@@ -165,7 +165,7 @@ def test_what_became_of_the_images() -> None:
         scored_row(
             SCORED,
             ref,
-            theoretical_num_crops=count,
+            selected_crops=count,
             theoretical_vision_tokens=(count + 1) * 10,
             actual_num_crops=count + 1,
             actual_vision_tokens=(count + 1) * 5,
@@ -189,8 +189,8 @@ def test_what_became_of_the_images() -> None:
 
 
 def test_an_image_counts_once_however_often_it_was_timed() -> None:
-    rows = [timed_row(TIMED, A, repeat, theoretical_num_crops=9) for repeat in range(9)]
-    found = latency(*rows, timed_row(TIMED, B, theoretical_num_crops=1))
+    rows = [timed_row(TIMED, A, repeat, selected_crops=9) for repeat in range(9)]
+    found = latency(*rows, timed_row(TIMED, B, selected_crops=1))
     assert json.loads(found["selected_crops_distribution"]) == {"1": 1, "9": 1}
     assert found["selected_crops_mean"] == 5
 
@@ -205,7 +205,7 @@ def test_images_are_those_that_were_scored_or_else_those_that_were_timed() -> No
 
 
 def test_a_family_that_promises_nothing_leaves_the_promises_null() -> None:
-    unknown = ("theoretical_num_crops", "theoretical_vision_tokens", "aspect_mismatch")
+    unknown = ("selected_crops", "theoretical_vision_tokens", "aspect_mismatch")
     found = accuracy(*(scored_row(SCORED, ref, **dict.fromkeys(unknown)) for ref in (A, B)))
     null = (
         *("selected_crops_distribution", "selected_crops_mean", "selected_crops_std", "token_utilization_mean"),
@@ -244,7 +244,7 @@ def test_rows_of_several_workers_give_what_one_worker_alone_would_have_given() -
 
 
 def test_nothing_measured_is_nothing_claimed() -> None:
-    assert aggregate(NO_LATENCY, NO_ACCURACY) == {"num_failed": 0}
+    assert aggregate(NO_LATENCY, NO_ACCURACY) == {"num_invalid": 0, "num_failed": 0}
 
 
 def test_one_single_row_has_a_mean_and_no_spread() -> None:

@@ -11,27 +11,18 @@ import pytest
 import torch
 from PIL import Image
 
-from knobs.overlapping_crops import (
-    TIERS,
-    Tiling,
-    adaptive_tiling,
-    canvas_size,
-    canvas_tiling,
-    crops_for_tokens,
-    exact_tiling,
-    prompt_grid,
-    prompt_image_length,
-    prompt_vision_tokens,
-    select_crops_for_tier,
-)
+from knobs.overlapping_crops import GRID, prompt_grid, prompt_image_length, prompt_vision_tokens
+from knobs.placement import place
+from knobs.tiling import Tiling, exact_tiling
+from knobs.vision import VisionSetting
 from workers.models.molmoe import preprocessing
+from workers.models.molmoe.family import MolmoEGeometry
 from workers.models.molmoe.preprocessing import (
     MEAN,
     NO_POSITION,
     STD,
     CutImage,
     SpecialTokens,
-    place,
     positions,
     preprocess,
     token_ids,
@@ -78,15 +69,18 @@ def chosen_tiling(item: dict, mode: str) -> Tiling:
     kind, _, value = mode.partition(".")
     value = value.removesuffix(".ff0").removesuffix(".ff1")
     height, width = item["h"], item["w"]
-    if kind.startswith("default"):
-        return adaptive_tiling(height, width, MAX_CROPS)
-    if kind == "exact":
-        return exact_tiling(height, width, crops_for_tokens(int(value)))
-    if kind == "tier":
-        return select_crops_for_tier(TIERS[value], height, width)[1]
-    canvas = canvas_tiling(*(int(side) for side in value.split("x")))
+    setting = {
+        "default_pad": VisionSetting(),
+        "default_fill": VisionSetting(),
+        "exact": VisionSetting("vision_tokens", int(value) if kind == "exact" else None),
+        "tier": VisionSetting("tier", value),
+        "fixed_canvas": VisionSetting("image_size", value),
+    }.get(kind)
+    if setting is not None:
+        return MolmoEGeometry(MAX_CROPS).tiling(height, width, setting)
     # The image_size records chose the grid anew by aspect: not a setting here, but pixels of some tiling all the same.
-    return exact_tiling(height, width, canvas[0] * canvas[1]) if kind == "image_size" else canvas
+    rows, columns = GRID.canvas_tiling(*(int(side) for side in value.split("x")))
+    return exact_tiling(*GRID.inner_size(height, width), rows * columns)
 
 
 def test_every_setting_leads_to_the_recorded_tiling_but_for_a_third_of_the_tiers() -> None:
@@ -133,7 +127,7 @@ def test_recorded_tensors(item: dict) -> None:
 
 def check_counts(tiling: Tiling, full: bool, record: dict) -> None:
     index, ids = positions(*tiling, full), token_ids(*tiling, SPECIAL, full)
-    assert list(canvas_size(*tiling)) == record["canvas"]
+    assert list(GRID.canvas_size(*tiling)) == record["canvas"]
     assert index.shape == (record["n_images"], 144)
     assert int((index >= 0).sum()) == record["valid"] == prompt_vision_tokens(*tiling, full)
     assert int((ids == SPECIAL.patch).sum()) == record["n_patch_tok"]
@@ -179,7 +173,7 @@ def test_every_cell_lands_where_it_is_in_the_picture(tiling: Tiling, full: bool)
 
 def test_patches_are_pixels_of_the_canvas_row_by_row() -> None:
     """An image of the canvas' own size is not resized, so that its pixels can be read off the patches."""
-    height, width = canvas_size(2, 3)
+    height, width = GRID.canvas_size(2, 3)
     image = drawn(height, width, 7)
     made = preprocess(image, (2, 3), SPECIAL, fit="fill")
     source = torch.from_numpy(np.array(image)) / 255

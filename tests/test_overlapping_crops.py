@@ -1,6 +1,7 @@
-"""Molmo's crop arithmetic: recorded tilings, worked examples, and what must hold for any image."""
+"""Tilings, tiers and Molmo's crops: recorded choices, worked examples, and what must hold for any image."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,27 +10,19 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from knobs.overlapping_crops import (
+    GRID,
     MARGIN,
-    TIERS,
-    Tier,
-    Tiling,
     adaptive_tiling,
-    canvas_size,
-    canvas_tiling,
-    crop_layout,
-    crops_for_tokens,
-    exact_tiling,
     prompt_grid,
     prompt_image_length,
     prompt_vision_tokens,
-    select_crops_for_tier,
-    tiling_for,
-    tiling_mismatch,
-    tower_tokens,
 )
+from knobs.tiling import TIERS, Tier, Tiling, exact_tiling, grids, select_crops_for_tier, tiling_mismatch
 from knobs.vision import VisionSetting
+from workers.models.molmoe.family import MolmoEGeometry
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "molmoe" / "preproc.json").read_text())["items"]
+GEOMETRY = MolmoEGeometry(max_crops=12)
 GOLDEN_SIZES = [f"{item['h']}x{item['w']}" for item in GOLDEN]
 
 SIDES = st.integers(1, 10_000)
@@ -47,15 +40,15 @@ def test_adaptive_tiling_is_the_published_one(item: dict) -> None:
 @pytest.mark.parametrize("item", GOLDEN, ids=GOLDEN_SIZES)
 def test_exact_tiling_is_the_recorded_one(item: dict) -> None:
     recorded = item["exact_tilings_1_to_15"]
-    assert [list(exact_tiling(item["h"], item["w"], n)) for n in range(1, 16)] == recorded["b3d737f"]
+    inner = GRID.inner_size(item["h"], item["w"])
+    assert [list(exact_tiling(*inner, n)) for n in range(1, 16)] == recorded["b3d737f"]
     # A later version of the same rule did not subtract the margins.
-    height, width = item["h"] + MARGIN, item["w"] + MARGIN
-    assert [list(exact_tiling(height, width, n)) for n in range(1, 16)] == recorded["doc_original_aspect"]
+    assert [list(exact_tiling(item["h"], item["w"], n)) for n in range(1, 16)] == recorded["doc_original_aspect"]
 
 
 def test_exact_tiling_decides_ties_in_single_precision() -> None:
     # 0.25 lies between 2/5 and 1/10; in double precision the latter is nearer by one rounding.
-    assert exact_tiling(1008, 336, 10) == (5, 2)
+    assert exact_tiling(1008 - MARGIN, 336 - MARGIN, 10) == (5, 2)
 
 
 @pytest.mark.parametrize(
@@ -63,16 +56,35 @@ def test_exact_tiling_decides_ties_in_single_precision() -> None:
     [(640, 480, 6, (2, 3), 0.07), (480, 640, 6, (3, 2), 0.03), (512, 512, 4, (2, 2), 0.0)],
 )
 def test_the_documented_tier_examples(width: int, height: int, crops: int, tiling: Tiling, mismatch: float) -> None:
-    chosen_crops, chosen, distance = select_crops_for_tier(TIERS["medium"], height, width)
+    chosen_crops, chosen, distance = select_crops_for_tier(TIERS["medium"], height - MARGIN, width - MARGIN)
     assert (chosen_crops, chosen) == (crops, tiling)
     assert round(distance, 2) == mismatch
 
 
 def test_an_unsuitable_preferred_count_gives_way_to_the_best_of_the_tier() -> None:
-    assert select_crops_for_tier(TIERS["low"], 512, 512) == (1, (1, 1), 0.0)
+    assert select_crops_for_tier(TIERS["low"], 400, 400) == (1, (1, 1), 0.0)
     # 5 columns are nearer than 4 x 2; with any mismatch acceptable the preferred one stays.
-    assert select_crops_for_tier(TIERS["medium"], 312, 1112)[:2] == (5, (1, 5))
-    assert select_crops_for_tier(TIERS["medium"], 312, 1112, mismatch_threshold=9)[:2] == (4, (1, 4))
+    medium = TIERS["medium"]
+    assert select_crops_for_tier(medium, 200, 1000)[:2] == (5, (1, 5))
+    assert select_crops_for_tier(replace(medium, mismatch_threshold=9), 200, 1000)[:2] == (4, (1, 4))
+    # Of all mismatches the threshold itself is too large: 4 crops are 0.5 from a grid of 2 x 3.
+    exactly = replace(medium, preferred_crops=(4,), mismatch_threshold=0.5)
+    assert select_crops_for_tier(exactly, 200, 300)[:2] == (6, (2, 3))
+
+
+def test_a_bound_on_rows_and_columns_passes_over_counts_without_a_grid() -> None:
+    assert grids(12, 4) == [(3, 4), (4, 3)]
+    assert grids(7, 6) == []
+    with pytest.raises(ValueError, match="no grid of 7 crops"):
+        exact_tiling(100, 700, 7, most_per_side=6)
+    assert exact_tiling(100, 700, 12, most_per_side=6) == (2, 6)
+    assert select_crops_for_tier(TIERS["medium"], 100, 700)[:2] == (7, (1, 7))
+    assert select_crops_for_tier(TIERS["medium"], 100, 700, most_per_side=6)[:2] == (6, (1, 6))
+    # None of the preferred counts of a tier need have a grid, nor any other.
+    primes = Tier("primes", 5, 7, (5, 7))
+    assert select_crops_for_tier(primes, 100, 100, most_per_side=4)[0] == 6
+    with pytest.raises(ValueError, match="tier primes"):
+        select_crops_for_tier(primes, 100, 100, most_per_side=2)
 
 
 def test_a_tier_prefers_only_counts_it_contains() -> None:
@@ -95,12 +107,12 @@ def test_a_tier_prefers_only_counts_it_contains() -> None:
     ],
 )
 def test_canvas_tiling(size: Tiling, tiling: Tiling) -> None:
-    assert canvas_tiling(*size) == tiling
+    assert GRID.canvas_tiling(*size) == tiling
 
 
 @given(GRIDS)
 def test_a_canvas_has_the_tiling_it_was_made_for(grid: Tiling) -> None:
-    assert canvas_tiling(*canvas_size(*grid)) == grid
+    assert GRID.canvas_tiling(*GRID.canvas_size(*grid)) == grid
 
 
 @pytest.mark.parametrize(
@@ -119,22 +131,27 @@ def test_a_canvas_has_the_tiling_it_was_made_for(grid: Tiling) -> None:
 def test_token_counts(grid: Tiling, tower: int, prompt: int) -> None:
     rows, columns = grid
     crops = rows * columns
-    assert crop_layout(rows, columns).vision_tokens == tower_tokens(crops) == tower
+    assert GRID.tower_tokens(crops) == tower
     assert prompt_vision_tokens(rows, columns) == prompt_vision_tokens(columns, rows) == prompt
     assert prompt_vision_tokens(rows, columns, force_full_tokens=True) == tower
-    assert crops_for_tokens(tower) == crops_for_tokens(tower + 143) == crops
+    assert GRID.crops_for_tokens(tower) == GRID.crops_for_tokens(tower + 143) == crops
     assert prompt_image_length(rows, columns) == 160 + (8 * rows + 4) * (8 * columns + 5)
     assert prompt_image_length(rows, columns, force_full_tokens=True) == 160 + 12 * rows * (12 * columns + 1)
 
 
 def test_few_tokens_are_one_crop() -> None:
-    assert [crops_for_tokens(tokens) for tokens in (0, 144, 287, 288, 431)] == [1] * 5
+    assert [GRID.crops_for_tokens(tokens) for tokens in (0, 144, 287, 288, 431)] == [1] * 5
 
 
-def test_a_layout_describes_its_canvas() -> None:
-    layout = crop_layout(2, 3)
+def test_a_layout_describes_its_canvas_and_its_prompt() -> None:
+    layout = GEOMETRY.layout(480, 640, VisionSetting("tier", "medium"))
     assert (layout.tiling, layout.num_crops, layout.tower_passes) == ((2, 3), 6, 7)
     assert (layout.target_height, layout.target_width) == (560, 784)
+    assert (layout.vision_tokens, layout.prompt_vision_tokens) == (1008, 704)
+    assert layout.prompt_vision_tokens + layout.special_tokens == prompt_image_length(2, 3)
+    assert round(layout.aspect_mismatch, 2) == 0.07
+    full = GEOMETRY.layout(480, 640, VisionSetting("tier", "medium", force_full_tokens=True))
+    assert (full.vision_tokens, full.prompt_vision_tokens) == (1008, 1008)
     assert prompt_grid(2, 3) == (20, 28)
     assert prompt_grid(2, 3, force_full_tokens=True) == (24, 36)
 
@@ -151,12 +168,12 @@ def test_a_layout_describes_its_canvas() -> None:
     ],
 )
 def test_every_axis_leads_to_a_tiling(setting: VisionSetting, tiling: Tiling) -> None:
-    assert tiling_for(setting, 480, 640, max_crops=12) == tiling
+    assert GEOMETRY.tiling(480, 640, setting) == tiling
 
 
 def test_an_axis_of_another_family_is_refused() -> None:
     with pytest.raises(ValueError, match="longest_edge"):
-        tiling_for(VisionSetting("longest_edge", 384), 480, 640, max_crops=12)
+        GEOMETRY.tiling(480, 640, VisionSetting("longest_edge", 384))
 
 
 @given(SIDES, SIDES, CROPS)
@@ -171,25 +188,27 @@ def test_adaptive_tiling_never_has_more_crops_than_allowed_nor_fewer_when_more_a
 
 @given(SIDES, SIDES, CROPS, st.sampled_from(["linear", "log"]))
 def test_exact_tiling_has_exactly_the_crops_asked_for(height: int, width: int, crops: int, distance: str) -> None:
-    rows, columns = exact_tiling(height, width, crops, distance)
+    inner = GRID.inner_size(height, width, distance)
+    rows, columns = exact_tiling(*inner, crops, distance)
     assert rows * columns == crops
-    others = [tiling_mismatch(height, width, (r, crops // r), distance) for r in range(1, crops + 1) if crops % r == 0]
-    assert tiling_mismatch(height, width, (rows, columns), distance) == pytest.approx(min(others), rel=1e-5, abs=1e-6)
+    others = [tiling_mismatch(*inner, grid, distance) for grid in grids(crops)]
+    assert tiling_mismatch(*inner, (rows, columns), distance) == pytest.approx(min(others), rel=1e-5, abs=1e-6)
 
 
 @given(SIDES, SIDES, CROPS, st.sampled_from(sorted(TIERS)))
 def test_mirrored_images_get_mirrored_grids_by_the_log_distance(height: int, width: int, crops: int, tier: str) -> None:
     assume(height != width)
-    assert exact_tiling(height, width, crops, "log") == exact_tiling(width, height, crops, "log")[::-1]
-    count, grid, mismatch = select_crops_for_tier(TIERS[tier], height, width, aspect_distance="log")
-    assert select_crops_for_tier(TIERS[tier], width, height, aspect_distance="log") == (count, grid[::-1], mismatch)
+    inner, mirrored = (GRID.inner_size(*size, "log") for size in [(height, width), (width, height)])
+    assert exact_tiling(*inner, crops, "log") == exact_tiling(*mirrored, crops, "log")[::-1]
+    count, grid, mismatch = select_crops_for_tier(TIERS[tier], *inner, aspect_distance="log")
+    assert select_crops_for_tier(TIERS[tier], *mirrored, aspect_distance="log") == (count, grid[::-1], mismatch)
 
 
 @given(st.integers(1, 60))
 def test_tower_and_full_tokens_rise_with_every_crop(crops: int) -> None:
-    assert tower_tokens(crops) < tower_tokens(crops + 1)
+    assert GRID.tower_tokens(crops) < GRID.tower_tokens(crops + 1)
     for rows in (r for r in range(1, crops + 1) if crops % r == 0):
-        assert prompt_vision_tokens(rows, crops // rows, force_full_tokens=True) == tower_tokens(crops)
+        assert prompt_vision_tokens(rows, crops // rows, force_full_tokens=True) == GRID.tower_tokens(crops)
 
 
 @given(GRIDS)
@@ -197,15 +216,16 @@ def test_prompt_tokens_rise_with_every_row_and_column_and_stay_within_the_towers
     rows, columns = grid
     tokens = prompt_vision_tokens(rows, columns)
     assert tokens < min(prompt_vision_tokens(rows + 1, columns), prompt_vision_tokens(rows, columns + 1))
-    assert tokens <= tower_tokens(rows * columns)
+    assert tokens <= GRID.tower_tokens(rows * columns)
     assert prompt_image_length(rows, columns) <= prompt_image_length(rows, columns, force_full_tokens=True)
 
 
 def in_bounds(tier: Tier, height: int, width: int, distance: str) -> None:
-    crops, (rows, columns), mismatch = select_crops_for_tier(tier, height, width, aspect_distance=distance)
+    inner = GRID.inner_size(height, width, distance)
+    crops, (rows, columns), mismatch = select_crops_for_tier(tier, *inner, aspect_distance=distance)
     assert tier.min_crops <= crops <= tier.max_crops
     assert rows * columns == crops
-    assert mismatch == tiling_mismatch(height, width, (rows, columns), distance)
+    assert mismatch == tiling_mismatch(*inner, (rows, columns), distance)
 
 
 @given(SIDES, SIDES, st.sampled_from(sorted(TIERS)), st.sampled_from(["linear", "log"]))
@@ -219,7 +239,7 @@ def test_extreme_images_get_crops_too(size: Tiling, distance: str) -> None:
     for tier in TIERS.values():
         in_bounds(tier, *size, distance)
     for crops in range(1, 16):
-        rows, columns = exact_tiling(*size, crops, distance)
+        rows, columns = exact_tiling(*GRID.inner_size(*size, distance), crops, distance)
         assert rows * columns == crops
     assert all(r * c <= n for n in range(1, 21) for r, c in [adaptive_tiling(*size, n)])
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pyarrow as pa
 import pytest
 
+from knobs.tiling import TIERS
 from knobs.vision import VisionSetting
 from workers.schema import (
     COMBINATION_COLUMNS,
@@ -94,12 +97,18 @@ SAMPLE = [
     "image_width",
     "image_aspect",
     "actual_num_crops",
-    "theoretical_num_crops",
-    "theoretical_tiling",
+    "selected_crops",
+    "selected_tiling",
+    "tower_passes",
     "aspect_mismatch",
     "target_resolution",
+    "target_aspect",
     "theoretical_vision_tokens",
+    "predicted_vision_tokens",
+    "special_tokens",
     "actual_vision_tokens",
+    "valid",
+    "invalid_reasons",
     "prompt_tokens",
     "output_tokens",
     "status",
@@ -138,7 +147,8 @@ def test_a_combination_says_everything_that_was_promised() -> None:
     assert promised <= names(COMBINATION_COLUMNS) | names(PARTITIONS)
     # Beyond the promise: the transfer to the device, a stage of its own.
     extra = names(COMBINATION_COLUMNS) - promised
-    assert extra == {f"transfer_ms_{statistic}" for statistic in STATISTICS}
+    how_crops_are_chosen = {"tier_definition", "aspect_distance", "resize_to_fill"}
+    assert extra == {f"transfer_ms_{statistic}" for statistic in STATISTICS} | how_crops_are_chosen
 
 
 @pytest.mark.parametrize("table", ["latency", "accuracy"])
@@ -189,7 +199,10 @@ def test_knob_columns() -> None:
         "vision_value": "64",
         "image_size": None,
         "tier": None,
+        "tier_definition": None,
+        "aspect_distance": None,
         "force_full_tokens": None,
+        "resize_to_fill": None,
         "moe_top_k": 4,
         "num_active_blocks": 2,
         "active_blocks": [0, 2],
@@ -198,5 +211,15 @@ def test_knob_columns() -> None:
     assert (native["vision_knob"], native["vision_value"], native["moe_top_k"]) == ("native", None, None)
     sized = knob_columns(Knobs(VisionSetting("image_size", "560x336"), None, (0,)))
     assert (sized["image_size"], sized["vision_value"], sized["tier"]) == ("560x336", "560x336", None)
-    assert knob_columns(Knobs(VisionSetting("tier", "low"), None, (0,)))["tier"] == "low"
-    assert set(native) == set(KNOBS)
+    tier = VisionSetting("tier", "low", TIERS["low"], "log", force_full_tokens=True, resize_to_fill=False)
+    low = knob_columns(Knobs(tier, None, (0,)))
+    assert json.loads(low["tier_definition"]) == {
+        "name": "low",
+        "min_crops": 1,
+        "max_crops": 3,
+        "preferred_crops": [2, 3],
+        "mismatch_threshold": 0.3,
+    }
+    assert [low[name] for name in KNOBS if name in ("tier", "force_full_tokens")] == ["low", True]
+    assert (low["aspect_distance"], low["resize_to_fill"]) == ("log", False)
+    assert set(native) == {*KNOBS, "tier_definition", "aspect_distance", "resize_to_fill"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from knobs.vision import VisionSetting
+from knobs.vision import VISION_OPTIONS, VisionSetting
 from workers.models import REGISTERED, load
 from workers.models.adapter import Features, VisionLanguageModel
 from workers.models.processing import Inputs
@@ -19,11 +21,12 @@ TINY = tuple(name for name, registered in REGISTERED.items() if registered.hub_i
 NATIVE = VisionSetting()
 
 # Levels to try on each vision axis that a family may have; a new axis has to name its own here.
-LEVELS: dict[str, tuple[int | str, ...]] = {
+LEVELS: dict[str, tuple[Any, ...]] = {
     "longest_edge": (32, 50, 64, 96, 128, 200),
     "tiles": (1, 2, 3, 4, 6, 9, 12),
-    "image_size": ("336x336", "336x560", "560x784"),
-    "vision_tokens": (288, 432, 720, 1008),
+    # Pixels and tokens of a crop differ from family to family; see `settings_of`.
+    "image_size": ((1, 1), (1, 2), (2, 3)),
+    "vision_tokens": (1, 2, 4, 6),
     "crops": (1, 2, 3, 4),
     "tier": ("low", "medium"),
 }
@@ -53,8 +56,29 @@ def sharpen(model: torch.nn.Module, seed: int = 7, deviation: float = 0.15) -> N
 def settings_of(vlm: VisionLanguageModel) -> list[VisionSetting]:
     """Native, and every level to try on every vision axis of the model's family."""
     geometry = vlm.card.geometry
-    offered = [VisionSetting(axis, level) for axis in geometry.axes for level in LEVELS[axis]]
+    offered = [VisionSetting(axis, _level(geometry, axis, level)) for axis in geometry.axes for level in LEVELS[axis]]
     return [NATIVE, *(setting for setting in offered if geometry.refuse(setting) is None)]
+
+
+def options_of(vlm: VisionLanguageModel) -> list[VisionSetting]:
+    """A few settings under every combination of the options that the model's family has."""
+    geometry = vlm.card.geometry
+    choices = [(None, True, False) if name in geometry.options else (None,) for name in VISION_OPTIONS]
+    some = [NATIVE, VisionSetting("crops", 3), VisionSetting("tier", "low", aspect_distance="log")]
+    some += [VisionSetting(geometry.axes[0], settings_of(vlm)[1].value)] if geometry.axes else []
+    return [
+        replace(setting, **dict(zip(VISION_OPTIONS, chosen, strict=True)))
+        for setting in some
+        if geometry.refuse(setting) is None
+        for chosen in itertools.product(*choices)
+    ]
+
+
+def _level(geometry: Any, axis: str, level: Any) -> int | str:
+    """A level of `LEVELS` in the pixels or tokens of a family."""
+    if axis == "image_size":
+        return "{}x{}".format(*geometry.grid.canvas_size(*level))
+    return geometry.grid.tower_tokens(level) if axis == "vision_tokens" else level
 
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:

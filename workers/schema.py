@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -177,7 +178,17 @@ KNOB_COLUMNS = (
     Column("vision_value", _STRING, "", "its level as the sweep wrote it; null for native"),
     Column("image_size", _STRING, "pixel", "requested canvas, height x width; null for other vision axes"),
     Column("tier", _STRING, "", "requested tier; null for other vision axes"),
-    Column("force_full_tokens", _BOOL, "", "padding counted as valid vision tokens; null where the family has no such"),
+    Column("tier_definition", _STRING, "", "JSON object of the tier: its range of crops and how one is chosen"),
+    Column(
+        "aspect_distance", _STRING, "", "linear or log: how a tiling is chosen; null where the axis leaves no choice"
+    ),
+    Column("force_full_tokens", _BOOL, "", "crops keep the vision tokens that they share; null where none are shared"),
+    Column(
+        "resize_to_fill",
+        _BOOL,
+        "",
+        "true: the image covers its canvas; false: all of it, black around; null: stretched, or as the model does it",
+    ),
     Column("moe_top_k", _INT, "", "experts per token in effect; null for a dense model"),
     Column("num_active_blocks", _INT, "", "transformer blocks of the language model that run"),
     Column("active_blocks", pa.list_(_INT), "", "their indices"),
@@ -190,11 +201,20 @@ _SAMPLE = (
     Column("image_height", _INT, "pixel", "original image"),
     Column("image_width", _INT, "pixel", "original image"),
     Column("image_aspect", _FLOAT, "", "original width / height"),
-    Column("theoretical_num_crops", _INT, "", "crops that the knob promises for this image, without the global view"),
-    Column("theoretical_tiling", _STRING, "", "rows x columns of those crops"),
-    Column("theoretical_vision_tokens", _INT, "token", "vision tokens that the knob promises for this image"),
-    Column("aspect_mismatch", _FLOAT, "", "|width/height of the target canvas - width/height of the image|"),
+    Column("selected_crops", _INT, "", "crops that the knob comes to for this image, without the global view"),
+    Column("selected_tiling", _STRING, "", "rows x columns of those crops"),
+    Column("tower_passes", _INT, "", "images that go through the vision tower: the crops and any global view"),
+    Column("theoretical_vision_tokens", _INT, "token", "vision tokens that the tower emits for this image"),
+    Column("predicted_vision_tokens", _INT, "token", "those that have a place in the prompt, by the closed form"),
+    Column("special_tokens", _INT, "token", "other prompt tokens that belong to the image, by the closed form"),
+    Column(
+        "aspect_mismatch",
+        _FLOAT,
+        "",
+        "|columns/rows - width/height of the image|, the margins of the canvas taken off the image",
+    ),
     Column("target_resolution", _STRING, "pixel", "canvas that is cut into crops, height x width"),
+    Column("target_aspect", _FLOAT, "", "its width / height"),
     Column("actual_num_crops", _INT, "", "crops counted in the tensors, without the global view"),
     Column("actual_vision_tokens", _INT, "token", "vision tokens counted in the prompt"),
     Column("prompt_tokens", _INT, "token", "whole prompt, vision and text"),
@@ -235,7 +255,12 @@ LATENCY_COLUMNS = (
     Column("peak_memory_bytes", _INT, "byte", "peak device memory allocated while the row ran; null on a CPU"),
     Column("kv_cache_bytes", _INT, "byte", "keys and values held at the end of decoding"),
     Column("valid", _BOOL, "", "false if something disturbed the measurement"),
-    Column("invalid_reasons", pa.list_(_STRING), "", "what disturbed it"),
+    Column(
+        "invalid_reasons",
+        pa.list_(_STRING),
+        "",
+        "what disturbed it; token_mismatch: force_full_tokens is on, and the prompt does not hold all of them",
+    ),
 )
 
 ACCURACY_COLUMNS = (
@@ -247,6 +272,8 @@ ACCURACY_COLUMNS = (
     Column("prediction", _STRING, "", "decoded answer"),
     Column("metric", _STRING, "", "scorer and variant"),
     Column("score", _FLOAT, "", "0 to 1; null where the row failed"),
+    Column("valid", _BOOL, "", "false if the row does not count"),
+    Column("invalid_reasons", pa.list_(_STRING), "", "why it does not: failed, or token_mismatch"),
 )
 
 TASK_COLUMNS = (
@@ -326,7 +353,7 @@ COMBINATION_COLUMNS = (
     Column("accuracy", _FLOAT, "", "mean score, 0 to 1; null if accuracy is off"),
     Column("accuracy_se", _FLOAT, "", "standard error of accuracy, clustered by image"),
     Column("metric", _STRING, "", "scorer and variant"),
-    Column("num_samples", _INT, "", "samples scored"),
+    Column("num_samples", _INT, "", "samples scored, valid ones"),
     Column("num_failed", _INT, "", "samples that failed, in either table"),
     Column("output_tokens_mean", _FLOAT, "token", "mean length of the answers at natural length"),
     *(
@@ -335,7 +362,7 @@ COMBINATION_COLUMNS = (
         for statistic, meaning in STATISTICS.items()
     ),
     Column("num_timed", _INT, "", "valid timed rows behind the latency columns"),
-    Column("num_invalid", _INT, "", "timed rows left out as invalid"),
+    Column("num_invalid", _INT, "", "rows, timed or scored, left out as invalid"),
     Column("residual_fraction", _FLOAT, "", "mean of residual_ms / total_ms"),
     Column("peak_memory_bytes", _INT, "byte", "largest peak over rows; null on a CPU"),
     Column("flops", _FLOAT, "FLOP", "mean floating-point operations of an answer; null where not counted"),
@@ -367,7 +394,10 @@ def knob_columns(knobs: Knobs) -> dict[str, Any]:
         "vision_value": None if vision.value is None else str(vision.value),
         "image_size": vision.value if vision.knob == "image_size" else None,
         "tier": vision.value if vision.knob == "tier" else None,
-        "force_full_tokens": None,
+        "tier_definition": None if vision.tier is None else json.dumps(asdict(vision.tier)),
+        "aspect_distance": vision.aspect_distance,
+        "force_full_tokens": vision.force_full_tokens,
+        "resize_to_fill": vision.resize_to_fill,
         "moe_top_k": knobs.moe_top_k,
         "num_active_blocks": len(knobs.active_blocks),
         "active_blocks": list(knobs.active_blocks),

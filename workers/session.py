@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from knobs.errors import KnobError
-from knobs.vision import aspect_mismatch
+from knobs.vision import VisionLayout, VisionSetting
 from workers.datasets import Dataset, DatasetSource, Sample, SampleRef
 from workers.errors import DatasetError, DeviceError, ModelError, RowMismatch, SampleError
 from workers.measure import Timing, time_answer
@@ -36,6 +36,9 @@ from workers.schema import (
     to_table,
 )
 from workers.scorers import scorer
+
+# Why a row does not count, in `invalid_reasons`.
+TOKEN_MISMATCH = "token_mismatch"
 
 
 class Session:
@@ -206,15 +209,20 @@ class Session:
         begun: datetime,
     ) -> dict[str, Any]:
         layout = vlm.card.geometry.layout(height, width, task.knobs.vision)
+        reasons = [TOKEN_MISMATCH] if _lacks_tokens(layout, inputs, task.knobs.vision) else []
         promised = (
             {}
             if layout is None
             else {
-                "theoretical_num_crops": layout.num_crops,
-                "theoretical_tiling": f"{layout.tiling[0]}x{layout.tiling[1]}",
+                "selected_crops": layout.num_crops,
+                "selected_tiling": f"{layout.tiling[0]}x{layout.tiling[1]}",
+                "tower_passes": layout.tower_passes,
                 "theoretical_vision_tokens": layout.vision_tokens,
-                "aspect_mismatch": aspect_mismatch(height, width, layout),
+                "predicted_vision_tokens": layout.prompt_vision_tokens,
+                "special_tokens": layout.special_tokens,
+                "aspect_mismatch": layout.aspect_mismatch,
                 "target_resolution": f"{layout.target_height}x{layout.target_width}",
+                "target_aspect": layout.target_width / layout.target_height,
             }
         )
         return (
@@ -230,21 +238,21 @@ class Session:
                 "actual_vision_tokens": inputs.num_vision_tokens,
                 "prompt_tokens": inputs.num_prompt_tokens,
                 "status": Status.DONE.value,
+                "valid": not reasons,
+                "invalid_reasons": reasons,
                 "started_at": begun,
             }
         )
 
     def _failed_row(self, task: Task, vlm: VisionLanguageModel, ref: SampleRef, error: SampleError) -> dict[str, Any]:
-        return (
-            self._identity(task, vlm)
-            | {
-                "sample_id": ref.uid,
-                "status": Status.FAILED.value,
-                "error": str(error),
-                "started_at": datetime.now(UTC),
-            }
-            | ({"valid": False, "invalid_reasons": ["failed"]} if task.kind is Kind.LATENCY else {})
-        )
+        return self._identity(task, vlm) | {
+            "sample_id": ref.uid,
+            "status": Status.FAILED.value,
+            "error": str(error),
+            "valid": False,
+            "invalid_reasons": ["failed"],
+            "started_at": datetime.now(UTC),
+        }
 
     def _identity(self, task: Task, vlm: VisionLanguageModel) -> dict[str, Any]:
         model = task.model
@@ -269,6 +277,12 @@ class Session:
     def _result(self, task: Task, started: float, status: Status, **outcome: Any) -> TaskResult:
         found = {"worker": self.name, "host": self.found.host, "device_name": self.found.name}
         return TaskResult(task.task_id, status, worker=found, started_at=started, finished_at=time.time(), **outcome)
+
+
+def _lacks_tokens(layout: VisionLayout | None, inputs: Inputs, setting: VisionSetting) -> bool:
+    """Whether full tokens were promised and the prompt holds another number."""
+    promised = layout is not None and setting.force_full_tokens
+    return bool(promised and layout and inputs.num_vision_tokens != layout.vision_tokens)
 
 
 def _found_instead(found: Device) -> str:
@@ -297,8 +311,6 @@ def _timing_columns(timing: Timing) -> dict[str, Any]:
         "output_tokens": timing.output_tokens,
         "peak_memory_bytes": timing.peak_memory_bytes,
         "kv_cache_bytes": timing.kv_cache_bytes,
-        "valid": True,
-        "invalid_reasons": [],
     }
 
 

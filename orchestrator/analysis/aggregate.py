@@ -24,6 +24,7 @@ def aggregate(latency: pd.DataFrame, accuracy: pd.DataFrame, lost: Collection[st
         **_accuracy_columns(accuracy),
         **_vision_columns(latency, accuracy),
         **_device_columns(latency, accuracy),
+        "num_invalid": _invalid_rows(latency) + _invalid_rows(accuracy),
         "num_failed": len(_failed_samples(latency) | _failed_samples(accuracy) | set(lost)),
     }
 
@@ -31,9 +32,8 @@ def aggregate(latency: pd.DataFrame, accuracy: pd.DataFrame, lost: Collection[st
 def _latency_columns(rows: pd.DataFrame) -> dict[str, Any]:
     if rows.empty:
         return {}
-    timed = rows[rows["status"] == "done"]
-    valid = timed[timed["valid"].eq(True)]
-    columns: dict[str, Any] = {"num_timed": len(valid), "num_invalid": len(timed) - len(valid)}
+    valid = rows[(rows["status"] == "done") & rows["valid"].eq(True)]
+    columns: dict[str, Any] = {"num_timed": len(valid)}
     for name in SUMMARISED:
         columns |= {f"{name}_{key}": value for key, value in _summary(valid[name], valid["sample_id"]).items()}
     if len(valid):
@@ -62,7 +62,9 @@ def _summary(values: pd.Series, samples: pd.Series) -> dict[str, float | None]:
 
 
 def _accuracy_columns(rows: pd.DataFrame) -> dict[str, Any]:
-    scored = rows[rows["status"] == "done"]
+    if rows.empty:
+        return {}
+    scored = rows[(rows["status"] == "done") & rows["valid"].eq(True)]
     if scored.empty:
         return {}
     return {
@@ -80,7 +82,7 @@ def _vision_columns(latency: pd.DataFrame, accuracy: pd.DataFrame) -> dict[str, 
     samples = (timed if scored.empty else scored).drop_duplicates("sample_id")
     if samples.empty:
         return {}
-    selected = samples["theoretical_num_crops"].dropna().astype(int)
+    selected = samples["selected_crops"].dropna().astype(int)
     actual = samples["actual_vision_tokens"].astype(float)
     utilization = actual / samples["theoretical_vision_tokens"].astype(float)
     mismatch = samples["aspect_mismatch"].astype(float)
@@ -107,6 +109,11 @@ def _device_columns(latency: pd.DataFrame, accuracy: pd.DataFrame) -> dict[str, 
     scored = accuracy[accuracy["status"] == "done"]
     behind = scored if timed.empty else timed
     return {} if behind.empty else {"device_name": _only(behind["device_name"])}
+
+
+def _invalid_rows(rows: pd.DataFrame) -> int:
+    """Rows that are there but do not count; failed ones are counted as samples instead."""
+    return 0 if rows.empty else int(((rows["status"] == "done") & ~rows["valid"].eq(True)).sum())
 
 
 def _failed_samples(rows: pd.DataFrame) -> set[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from knobs.vision import VisionGeometry, VisionLayout, VisionSetting
+from knobs.vision import VisionGeometry
 
 if TYPE_CHECKING:
     import torch
@@ -82,23 +82,3 @@ class Family(ABC):
     def load_weights(self, folder: Path, dtype: torch.dtype, device: torch.device, backends: Config) -> Any | None:
         """The model from weights in a layout that transformers cannot read; None for what it can."""
         return None
-
-
-class NativeGeometry:
-    """A family without vision arithmetic: it takes images as its own processor makes them, and promises nothing."""
-
-    axes: tuple[str, ...] = ()
-
-    def refuse(self, setting: VisionSetting) -> str | None:
-        return None if setting.knob == "native" else f"this family has no vision knob {setting.knob}"
-
-    def layout(self, height: int, width: int, setting: VisionSetting) -> VisionLayout | None:
-        return None
-
-    def pinned(self, setting: VisionSetting) -> VisionLayout | None:
-        return None
-
-
-def as_int(value: int | str | None) -> int | None:
-    """A knob value as a whole number, or None if it is something else."""
-    return value if type(value) is int else None

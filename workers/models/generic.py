@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from knobs.vision import VisionSetting
-from workers.models.family import Config, Family, NativeGeometry, Registered
+from knobs.vision import NativeGeometry, VisionSetting
+from workers.models.family import Config, Family, Registered
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -6,10 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from knobs.vision import VisionLayout, VisionSetting
-from workers.models.family import Config, Family, Registered, as_int
+from knobs.crop_grid import CropGrid, CropGridGeometry
+from knobs.placement import fit_of
+from knobs.tiling import Tiling
+from knobs.vision import VisionSetting, as_int
+from workers.models.family import Config, Family, Registered
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
 
     from workers.models.processing import ImageTensors, Processor
@@ -41,41 +45,47 @@ def tiling(height: int, width: int, tile: int, least: int, most: int) -> tuple[i
 
 
 @dataclass(frozen=True)
-class InternVLGeometry:
+class InternVLGeometry(CropGridGeometry):
     """Tile size in pixels, vision tokens per tile, and the checkpoint's own range of tiles."""
 
     tile: int
     tokens_per_tile: int
     least_tiles: int
     most_tiles: int
-    axes: tuple[str, ...] = ("tiles",)
 
-    def refuse(self, setting: VisionSetting) -> str | None:
-        if setting.knob == "native":
-            return None
-        if setting.knob not in self.axes:
-            return f"this family has no vision knob {setting.knob}"
-        tiles = as_int(setting.value)
-        if tiles is None or not 1 <= tiles <= MOST_TILES:
-            return f"tiles must be 1 to {MOST_TILES}"
-        return None
+    dial = "tiles"
+
+    @property
+    def grid(self) -> CropGrid:
+        return CropGrid(
+            stride=self.tile,
+            margin=0,
+            tokens_per_crop=self.tokens_per_tile,
+            always_overview=False,
+            most_crops=MOST_TILES,
+            most_per_side=MOST_TILES,
+        )
+
+    def refuse_dial(self, value: int | str | None) -> str | None:
+        tiles = as_int(value)
+        return None if tiles is not None and 1 <= tiles <= MOST_TILES else f"tiles must be 1 to {MOST_TILES}"
 
     def tile_range(self, setting: VisionSetting) -> tuple[int, int]:
         """Fewest and most tiles: pinned by the dial, the checkpoint's own for native."""
         tiles = as_int(setting.value)
         return (self.least_tiles, self.most_tiles) if tiles is None else (tiles, tiles)
 
-    def layout(self, height: int, width: int, setting: VisionSetting) -> VisionLayout:
-        rows, columns = tiling(height, width, self.tile, *self.tile_range(setting))
-        crops = rows * columns
-        passes = crops + 1 if crops > 1 else 1
-        tokens = passes * self.tokens_per_tile
-        return VisionLayout((rows, columns), crops, passes, tokens, rows * self.tile, columns * self.tile, tokens)
+    def own_tiling(self, height: int, width: int, setting: VisionSetting) -> Tiling:
+        return tiling(height, width, self.tile, *self.tile_range(setting))
 
-    def pinned(self, setting: VisionSetting) -> VisionLayout | None:
+    def own_pinned(self, setting: VisionSetting) -> int | None:
+        # Only the count is pinned, not the tiling: 6 tiles are 2 x 3 or 3 x 2 by the image's aspect.
         least, most = self.tile_range(setting)
-        # Only the counts are pinned, not the tiling: 6 tiles are 2 x 3 or 3 x 2 by the image's aspect.
-        return self.layout(self.tile, self.tile, setting) if least == most else None
+        return least if least == most else None
+
+    def prompt_tokens(self, tiling: Tiling, setting: VisionSetting) -> tuple[int, int]:
+        # One start and one end stand round all tiles of an image.
+        return self.grid.tower_tokens(tiling[0] * tiling[1]), 2
 
 
 def _text(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocabulary: int) -> dict[str, Any]:
@@ -165,9 +175,10 @@ class InternVL(Family):
         )
 
     def processor(self, tokenizer: Any, config: Config, preprocessor: Config) -> Processor:
+        import torch
         from transformers import GotOcr2ImageProcessorPil
 
-        from workers.models.processing import CuttingProcessor, ImageTensors
+        from workers.models.processing import CuttingProcessor, ImageTensors, lay_on_canvas
 
         geometry = self.geometry(config, preprocessor)
         image_processor = GotOcr2ImageProcessorPil(**preprocessor)
@@ -176,14 +187,28 @@ class InternVL(Family):
             image_token, template_image, prompt_image = CONTEXT, CONTEXT, CONTEXT
 
             def cut(self, images: Sequence[Image.Image], setting: VisionSetting) -> ImageTensors:
-                least, most = geometry.tile_range(setting)
-                made = image_processor(
-                    list(images), crop_to_patches=True, min_patches=least, max_patches=most, return_tensors="pt"
-                )
-                passes = [int(n) for n in made["num_patches"]]
+                setting = geometry.complete(setting)
+                made = [self._tiles(image, setting) for image in images]
+                passes = [len(tiles) for tiles in made]
                 placeholders = [START + CONTEXT * (geometry.tokens_per_tile * n) + STOP for n in passes]
                 crops = sum(n - 1 if n > 1 else 1 for n in passes)  # a split image has a thumbnail beside its crops
-                return ImageTensors({"pixel_values": made["pixel_values"]}, placeholders, crops)
+                return ImageTensors({"pixel_values": torch.cat(made)}, placeholders, crops)
+
+            def _tiles(self, image: Image.Image, setting: VisionSetting) -> torch.Tensor:
+                """(tiles, 3, height, width); the thumbnail last."""
+                least, most = geometry.tile_range(setting)
+                if not geometry.takes_whole_image(setting):
+                    at = geometry.layout(image.height, image.width, setting)
+                    least = most = at.num_crops
+                    # Where the processor comes to the same tiling by itself, its thumbnail is made of the image.
+                    own = tiling(image.height, image.width, geometry.tile, least, most)
+                    if own != at.tiling or setting.resize_to_fill is not None:
+                        image = lay_on_canvas(image, at, fit_of(setting), image_processor.resample)
+                made = image_processor(
+                    [image], crop_to_patches=True, min_patches=least, max_patches=most, return_tensors="pt"
+                )
+                pixels: torch.Tensor = made["pixel_values"]
+                return pixels
 
         return InternVLProcessor(tokenizer)
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from knobs.vision import VisionSetting
+from knobs.placement import Fit, place
+from knobs.vision import VisionLayout, VisionSetting
 from workers.errors import ModelError, SampleError
 
 Tensors = dict[str, torch.Tensor]
@@ -131,6 +132,28 @@ class CuttingProcessor(Processor):
         for placeholder, part in zip(placeholders, parts[1:], strict=True):
             filled += [placeholder, part]
         return "".join(filled)
+
+
+def lay_on_canvas(image: Image.Image, layout: VisionLayout, fit: Fit, resample: int) -> Image.Image:
+    """An RGB image resized to the canvas of its layout, with Pillow's filter of this number; black where it ends."""
+    height, width = layout.target_height, layout.target_width
+    if fit == "stretch":
+        return image.resize((width, height), Image.Resampling(resample))
+    if fit == "fill":
+        # The part that stays is cut out first: a thin image that fills a canvas would be enormous before the cut.
+        scale = max(height / image.height, width / image.width)
+        left, top = (image.width - width / scale) / 2, (image.height - height / scale) / 2
+        kept = (
+            max(0.0, left),
+            max(0.0, top),
+            min(image.width, image.width - left),
+            min(image.height, image.height - top),
+        )
+        return image.resize((width, height), Image.Resampling(resample), box=kept)
+    at = place(image.height, image.width, height, width, fit)
+    canvas = Image.new("RGB", (width, height))
+    canvas.paste(image.resize((at.width, at.height), Image.Resampling(resample)), (at.left, at.top))
+    return canvas
 
 
 def left_pad(samples: Sequence[Tensors], pad_token_id: int) -> Tensors:

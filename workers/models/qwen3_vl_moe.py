@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from knobs.vision import VisionLayout, VisionSetting
+from knobs.vision import NativeGeometry, VisionLayout, VisionSetting
 from workers.models.family import Config, Family, Registered
 
 if TYPE_CHECKING:
@@ -37,25 +37,20 @@ def resized(height: int, width: int, factor: int, least_pixels: int, most_pixels
 
 
 @dataclass(frozen=True)
-class QwenGeometry:
+class QwenGeometry(NativeGeometry):
     """Pixels per side of one vision token, and the checkpoint's own bounds on the pixels of an image."""
 
     pixels_per_token: int
     least_pixels: int
     most_pixels: int
-    axes: tuple[str, ...] = ()
-
-    def refuse(self, setting: VisionSetting) -> str | None:
-        return None if setting.knob == "native" else f"this family has no vision knob {setting.knob}"
 
     def layout(self, height: int, width: int, setting: VisionSetting) -> VisionLayout:
         factor = self.pixels_per_token
         target_height, target_width = resized(height, width, factor, self.least_pixels, self.most_pixels)
         tokens = (target_height // factor) * (target_width // factor)
-        return VisionLayout((1, 1), 1, 1, tokens, target_height, target_width, tokens)
-
-    def pinned(self, setting: VisionSetting) -> VisionLayout | None:
-        return None
+        mismatch = abs(target_width / target_height - width / height)
+        # One start and one end stand around every image.
+        return VisionLayout((1, 1), 1, 1, tokens, target_height, target_width, tokens, 2, mismatch)
 
 
 def _text(

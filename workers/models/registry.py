@@ -11,11 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from knobs.vision import VisionGeometry
+from knobs.vision import NativeGeometry, VisionGeometry
 from workers.errors import ModelError
 from workers.models import generic, internvl, qwen3_vl_moe, smolvlm
 from workers.models.byte_tokenizer import token_ids
-from workers.models.family import Config, Family, NativeGeometry, Registered
+from workers.models.family import Config, Family, Registered
 from workers.models.molmoe import family as molmoe
 
 # The whole list of families; a new one is a file and a line here.

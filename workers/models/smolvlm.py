@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from knobs.vision import VisionLayout, VisionSetting
-from workers.models.family import Config, Family, Registered, as_int
+from knobs.crop_grid import CropGrid, CropGridGeometry
+from knobs.placement import fit_of
+from knobs.tiling import Tiling
+from knobs.vision import VisionSetting, as_int
+from workers.models.family import Config, Family, Registered
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,6 +23,8 @@ FAKE, IMAGE, GLOBAL = "<fake_token_around_image>", "<image>", "<global-img>"
 MOST_TILES = 12
 # The image processor never resizes beyond this, whatever longest_edge says (transformers' MAX_IMAGE_SIZE).
 LARGEST_SIDE = 4096
+# The most crops that a setting may ask for.
+MOST_CROPS = 64
 
 
 def tiling(height: int, width: int, longest_edge: int, tile: int) -> tuple[int, int]:
@@ -55,43 +60,52 @@ def tiling(height: int, width: int, longest_edge: int, tile: int) -> tuple[int, 
 
 
 @dataclass(frozen=True)
-class SmolVLMGeometry:
+class SmolVLMGeometry(CropGridGeometry):
     """Tile size in pixels, vision tokens per tile, and the checkpoint's own longest edge."""
 
     tile: int
     tokens_per_tile: int
     longest_edge: int
-    axes: tuple[str, ...] = ("longest_edge",)
 
-    def refuse(self, setting: VisionSetting) -> str | None:
-        if setting.knob == "native":
-            return None
-        if setting.knob not in self.axes:
-            return f"this family has no vision knob {setting.knob}"
-        edge = as_int(setting.value)
+    dial = "longest_edge"
+
+    @property
+    def grid(self) -> CropGrid:
+        most_per_side = min(LARGEST_SIDE // self.tile, MOST_TILES)
+        return CropGrid(
+            stride=self.tile,
+            margin=0,
+            tokens_per_crop=self.tokens_per_tile,
+            always_overview=False,
+            most_crops=min(most_per_side**2, MOST_CROPS),
+            most_per_side=most_per_side,
+        )
+
+    def refuse_dial(self, value: int | str | None) -> str | None:
+        edge = as_int(value)
         if edge is None or not self.tile <= edge <= LARGEST_SIDE:
             return f"longest_edge must be {self.tile} (one tile) to {LARGEST_SIDE} pixels"
         return None
 
     def edge(self, setting: VisionSetting) -> int:
-        """The longest edge in pixels that `setting` resizes to."""
+        """The longest edge in pixels that native preprocessing or the dial resizes to."""
         return as_int(setting.value) or self.longest_edge
 
-    def layout(self, height: int, width: int, setting: VisionSetting) -> VisionLayout:
+    def own_tiling(self, height: int, width: int, setting: VisionSetting) -> Tiling:
         rows, columns = tiling(height, width, self.edge(setting), self.tile)
-        if rows == 0:
-            return self._one_tile()
-        crops = rows * columns
-        tokens = (crops + 1) * self.tokens_per_tile
-        return VisionLayout((rows, columns), crops, crops + 1, tokens, rows * self.tile, columns * self.tile, tokens)
+        return (rows, columns) if rows else (1, 1)
 
-    def pinned(self, setting: VisionSetting) -> VisionLayout | None:
+    def own_pinned(self, setting: VisionSetting) -> int | None:
         # One tile is one tile for every aspect; anything larger follows the image.
-        return self._one_tile() if self.edge(setting) == self.tile else None
+        return 1 if self.edge(setting) == self.tile else None
 
-    def _one_tile(self) -> VisionLayout:
-        tokens = self.tokens_per_tile
-        return VisionLayout((1, 1), 1, 1, tokens, self.tile, self.tile, tokens)
+    def prompt_tokens(self, tiling: Tiling, setting: VisionSetting) -> tuple[int, int]:
+        rows, columns = tiling
+        crops = rows * columns
+        # Beside the tokens of a crop: its mark and its name, an end of line per row, then the global view's two marks
+        # and one at the end. Two ends of line after the last row are one token.
+        special = 2 * crops + rows + 3 if crops > 1 else 3
+        return self.grid.tower_tokens(crops), special
 
 
 def _text(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocabulary: int) -> dict[str, Any]:
@@ -198,7 +212,7 @@ class SmolVLM(Family):
         from transformers import SmolVLMImageProcessorPil
         from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
-        from workers.models.processing import CuttingProcessor, ImageTensors
+        from workers.models.processing import CuttingProcessor, ImageTensors, lay_on_canvas
 
         geometry = self.geometry(config, preprocessor)
         # do_pad would add a mask of two thirds of the pixels' bytes that only says "all of it".
@@ -208,12 +222,15 @@ class SmolVLM(Family):
             image_token, template_image, prompt_image = IMAGE, IMAGE, IMAGE
 
             def cut(self, images: Sequence[Image.Image], setting: VisionSetting) -> ImageTensors:
-                made = image_processor(
-                    [list(images)],
-                    size={"longest_edge": geometry.edge(setting)},
-                    return_row_col_info=True,
-                    return_tensors="pt",
-                )
+                setting = geometry.complete(setting)
+                if geometry.takes_whole_image(setting):
+                    how: dict[str, Any] = {"size": {"longest_edge": geometry.edge(setting)}}
+                else:
+                    fit, resample = fit_of(setting), image_processor.resample
+                    layouts = [geometry.layout(image.height, image.width, setting) for image in images]
+                    images = [lay_on_canvas(i, at, fit, resample) for i, at in zip(images, layouts, strict=True)]
+                    how = {"do_resize": False}
+                made = image_processor([list(images)], return_row_col_info=True, return_tensors="pt", **how)
                 rows, columns = made["rows"][0], made["cols"][0]
                 placeholders = [
                     get_image_prompt_string(r, c, geometry.tokens_per_tile, FAKE, IMAGE, GLOBAL)

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from knobs.overlapping_crops import CROP, PATCH, TIERS, crop_layout, crops_for_tokens, tiling_for, tower_tokens
-from knobs.vision import NATIVE, VisionLayout, VisionSetting
+from knobs.crop_grid import CropGrid, CropGridGeometry
+from knobs.overlapping_crops import CROP, GRID, PATCH, adaptive_tiling, prompt_image_length, prompt_vision_tokens
+from knobs.placement import fit_of
+from knobs.tiling import Tiling
+from knobs.vision import NATIVE, VisionSetting
 from workers.errors import SampleError
-from workers.models.family import Config, Family, Registered, as_int
+from workers.models.family import Config, Family, Registered
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +23,6 @@ if TYPE_CHECKING:
     from workers.models.processing import Inputs, Processor
 
 START, END, PATCH_TOKEN, COLUMN, IMAGE = "<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<|image|>"
-MOST_CROPS = 64
 
 # Published keys of config.json and what transformers calls them.
 _LANGUAGE_MODEL = {
@@ -31,50 +33,28 @@ _LANGUAGE_MODEL = {
 
 
 @dataclass(frozen=True)
-class MolmoEGeometry:
+class MolmoEGeometry(CropGridGeometry):
     """Overlapping crops; `max_crops` is what the checkpoint's own preprocessing keeps to."""
 
     max_crops: int
-    axes: tuple[str, ...] = ("image_size", "vision_tokens", "crops", "tier")
 
-    def refuse(self, setting: VisionSetting) -> str | None:
-        value = setting.value
-        match setting.knob:
-            case "native":
-                return None
-            case "tier":
-                return None if value in TIERS else f"tier must be one of {', '.join(TIERS)}"
-            case "image_size":
-                sides = str(value).split("x")
-                if len(sides) != 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
-                    return "image_size must be HEIGHTxWIDTH in pixels"
-                rows, columns = tiling_for(setting, 1, 1, self.max_crops)
-                return None if rows * columns <= MOST_CROPS else f"image_size must need at most {MOST_CROPS} crops"
-            case "crops":
-                crops = as_int(value)
-                return None if crops is not None and 1 <= crops <= MOST_CROPS else f"crops must be 1 to {MOST_CROPS}"
-            case "vision_tokens":
-                tokens = as_int(value)
-                least, most = tower_tokens(1), tower_tokens(MOST_CROPS)
-                if tokens is None or not least <= tokens <= most:
-                    return f"vision_tokens must be {least} (one crop and the global view) to {most}"
-                return None
-            case _:
-                return f"this family has no vision knob {setting.knob}"
+    options = ("force_full_tokens", "resize_to_fill")
 
-    def layout(self, height: int, width: int, setting: VisionSetting) -> VisionLayout:
-        return crop_layout(*tiling_for(setting, height, width, self.max_crops))
+    @property
+    def grid(self) -> CropGrid:
+        return GRID
 
-    def pinned(self, setting: VisionSetting) -> VisionLayout | None:
-        match setting.knob:
-            case "image_size":
-                return self.layout(1, 1, setting)
-            case "crops":
-                return crop_layout(1, as_int(setting.value) or 1)
-            case "vision_tokens":
-                return crop_layout(1, crops_for_tokens(as_int(setting.value) or 0))
-            case _:
-                return None
+    def own_tiling(self, height: int, width: int, setting: VisionSetting) -> Tiling:
+        return adaptive_tiling(height, width, self.max_crops)
+
+    def prompt_tokens(self, tiling: Tiling, setting: VisionSetting) -> tuple[int, int]:
+        full = setting.force_full_tokens or False
+        vision = prompt_vision_tokens(*tiling, full)
+        return vision, prompt_image_length(*tiling, full) - vision
+
+    def default_fill(self, setting: VisionSetting) -> bool:
+        # The model's own preprocessing shows the whole image; a knob fills the canvas it asks for.
+        return setting.knob != NATIVE
 
 
 def _published(**changes: Any) -> dict[str, Any]:
@@ -172,7 +152,7 @@ class MolmoE(Family):
     def processor(self, tokenizer: Any, config: Config, preprocessor: Config) -> Processor:
         import torch
 
-        from workers.models.molmoe.preprocessing import Fit, SpecialTokens, preprocess
+        from workers.models.molmoe.preprocessing import SpecialTokens, preprocess
         from workers.models.processing import Inputs, Processor
 
         geometry = self.geometry(config, preprocessor)
@@ -197,14 +177,14 @@ class MolmoE(Family):
                 for token in MolmoE.special_tokens:
                     if token in question:
                         raise SampleError(f"the question contains {token}, which stands for an image")
+                setting = geometry.complete(setting)
+                fit, full = fit_of(setting), setting.force_full_tokens or False
                 tokens = [torch.tensor([self.begin])]
                 pixels, masks, places = [], [], []
                 crops = 0
                 for image in images:
-                    tiling = tiling_for(setting, image.height, image.width, geometry.max_crops)
-                    # The model's own preprocessing shows the whole image; a knob fills the canvas it asks for.
-                    fit: Fit = "pad" if setting.knob == NATIVE else "fill"
-                    cut = preprocess(image, tiling, self.special, fit=fit)
+                    tiling = geometry.tiling(image.height, image.width, setting)
+                    cut = preprocess(image, tiling, self.special, fit=fit, force_full_tokens=full)
                     before = sum(len(part) for part in tokens)
                     tokens.append(cut.token_ids)
                     pixels.append(cut.images)

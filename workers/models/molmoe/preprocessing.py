@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -14,15 +12,15 @@ from knobs.overlapping_crops import (
     CELLS_PER_SIDE,
     CELLS_PER_STRIDE,
     CROP,
+    GRID,
     PATCH,
     PATCHES_PER_SIDE,
     STRIDE,
     TOKENS_PER_CROP,
-    Tiling,
-    canvas_size,
-    float32,
     prompt_grid,
 )
+from knobs.placement import Fit, Placement, place
+from knobs.tiling import Tiling
 
 # The normalisation of OpenAI's CLIP.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -33,9 +31,6 @@ NO_POSITION = -100
 
 # Pixels of a resized image beyond which its rows are resized and cut before its columns, to bound memory.
 LARGE = 2**24
-
-# pad: the whole image, centred, black around it; the model's own. fill: the canvas is covered, the overhang cut off.
-Fit = Literal["pad", "fill"]
 
 
 @dataclass(frozen=True)
@@ -67,21 +62,6 @@ class CutImage:
     token_ids: torch.Tensor
 
 
-@dataclass(frozen=True)
-class Placement:
-    """A resized image on a canvas, in pixels.
-
-    Attributes:
-        height, width: size after the resize.
-        top, left: where its corner lies on the canvas; negative where the image is cut off.
-    """
-
-    height: int
-    width: int
-    top: int
-    left: int
-
-
 def preprocess(
     image: Image.Image, tiling: Tiling, special: SpecialTokens, *, fit: Fit = "pad", force_full_tokens: bool = False
 ) -> CutImage:
@@ -93,7 +73,7 @@ def preprocess(
         force_full_tokens: give a position to the cells that neighbouring crops share in every crop that has them.
     """
     rows, columns = tiling
-    height, width = canvas_size(rows, columns)
+    height, width = GRID.canvas_size(rows, columns)
     placement = place(image.height, image.width, height, width, fit)
     pixels = _to_float(image)
     overview = _lay(pixels, place(image.height, image.width, CROP, CROP, fit), CROP, CROP)
@@ -104,23 +84,6 @@ def preprocess(
         positions(rows, columns, force_full_tokens),
         token_ids(rows, columns, special, force_full_tokens),
     )
-
-
-def place(height: int, width: int, canvas_height: int, canvas_width: int, fit: Fit) -> Placement:
-    """Size and place of a `height` x `width` image on a canvas, aspect kept, centred.
-
-    pad rounds down and fill rounds up; the factors are float32, as in the model's own preprocessing.
-    """
-    if fit == "pad":
-        scale = min(float32(canvas_height / height), float32(canvas_width / width))
-        # At least a pixel, for images hundreds of times longer than wide.
-        new_height, new_width = (max(1, int(float32(side * scale))) for side in (height, width))
-    else:
-        scale = max(float32(canvas_height / height), float32(canvas_width / width))
-        new_height = max(canvas_height, math.ceil(float32(height * scale)))
-        new_width = max(canvas_width, math.ceil(float32(width * scale)))
-    # int() rounds toward zero: of an odd border or overhang the smaller half is above and on the left.
-    return Placement(new_height, new_width, int((canvas_height - new_height) / 2), int((canvas_width - new_width) / 2))
 
 
 def positions(rows: int, columns: int, force_full_tokens: bool = False) -> torch.Tensor:
@@ -235,6 +198,6 @@ def _masks(placement: Placement, rows: int, columns: int) -> torch.Tensor:
 
 def _covered(start: int, length: int, crops: int) -> torch.Tensor:
     """Along one axis, pixels of the image in each patch of each crop: (crops, 24) float32."""
-    at = torch.arange(canvas_size(crops, crops)[0])
+    at = torch.arange(GRID.canvas_size(crops, crops)[0])
     inside = ((at >= start) & (at < start + length)).float()
     return inside.unfold(0, CROP, STRIDE).view(crops, PATCHES_PER_SIDE, PATCH).sum(-1)
