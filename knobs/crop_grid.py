@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from knobs.tiling import (
@@ -19,6 +20,9 @@ from knobs.vision import NATIVE, VisionLayout, VisionSetting, as_int, refuse_opt
 
 # Axes on which the tiling of an image is chosen by its aspect.
 _BY_ASPECT = ("vision_tokens", "crops", "tier")
+# Grids and crop counts that a table of settings shows.
+_SHOWN_TILINGS: tuple[Tiling, ...] = ((1, 1), (2, 1), (2, 2), (2, 3), (3, 3), (3, 4))
+_SHOWN_CROPS = (1, 2, 4, 6, 9, 12)
 GRID_AXES = ("image_size", "vision_tokens", "crops", "tier")
 
 
@@ -107,6 +111,10 @@ class CropGridGeometry(ABC):
     def refuse_dial(self, value: int | str | None) -> str | None:
         """Why the family's own dial has no such level, or None."""
         return f"this family has no vision knob {self.dial}"
+
+    def dial_levels(self) -> Sequence[int]:
+        """Levels of the family's own dial that are worth knowing."""
+        return ()
 
     def takes_whole_image(self, setting: VisionSetting) -> bool:
         """Whether a completed setting leaves the image to the family's own preprocessing, from the first resize on."""
@@ -230,6 +238,20 @@ class CropGridGeometry(ABC):
         if crops is None:
             return None
         return self._layout(grids(crops, self.grid.most_per_side)[0], setting, 0.0)
+
+    def levels(self) -> list[VisionSetting]:
+        grid = self.grid
+        sizes = [grid.canvas_size(*tiling) for tiling in _SHOWN_TILINGS]
+        offered: list[tuple[str, Sequence[int | str]]] = [
+            ("image_size", [f"{height}x{width}" for height, width in sizes]),
+            ("vision_tokens", [grid.tower_tokens(crops) for crops in _SHOWN_CROPS]),
+            ("crops", _SHOWN_CROPS),
+            ("tier", list(TIERS)),
+        ]
+        if self.dial is not None:
+            offered.insert(0, (self.dial, self.dial_levels()))
+        settings = [VisionSetting(axis, level) for axis, levels in offered for level in levels]
+        return [VisionSetting(), *(setting for setting in settings if self.refuse(setting) is None)]
 
     def _layout(self, tiling: Tiling, setting: VisionSetting, mismatch: float) -> VisionLayout:
         crops = tiling[0] * tiling[1]

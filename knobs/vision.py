@@ -95,6 +95,9 @@ class VisionGeometry(Protocol):
     def layout(self, height: int, width: int, setting: VisionSetting) -> VisionLayout | None:
         """The closed form for an image of `height` x `width` pixels; None if the family has none."""
 
+    def levels(self) -> list[VisionSetting]:
+        """Settings worth knowing, native first, then level by level of every axis."""
+
     def pinned(self, setting: VisionSetting) -> VisionLayout | None:
         """The layout where it is the same for every image, else None; tiling, target and mismatch mean nothing."""
 
@@ -115,6 +118,9 @@ class NativeGeometry:
 
     def layout(self, height: int, width: int, setting: VisionSetting) -> VisionLayout | None:
         return None
+
+    def levels(self) -> list[VisionSetting]:
+        return [VisionSetting()]
 
     def pinned(self, setting: VisionSetting) -> VisionLayout | None:
         return None

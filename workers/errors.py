@@ -11,12 +11,14 @@ WorkerError
 knobs.errors.KnobError (a value this model cannot take) stands beside it: `knobs` knows nothing of workers.
 """
 
+from knobs.errors import UnusableModel
+
 
 class WorkerError(Exception):
     """Base of all; the message is one line that names the place and the remedy."""
 
 
-class ModelError(WorkerError):
+class ModelError(WorkerError, UnusableModel):
     """A model that cannot be found, described or loaded."""
 
 

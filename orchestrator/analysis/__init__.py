@@ -2,5 +2,19 @@
 
 from orchestrator.analysis.aggregate import aggregate
 from orchestrator.analysis.statistics import clustered_standard_error, half_width_95, percentile, sample_floor
+from orchestrator.analysis.validation import (
+    validate_accuracy_benefits,
+    validate_distortion,
+    validate_token_utilization,
+)
 
-__all__ = ["aggregate", "clustered_standard_error", "half_width_95", "percentile", "sample_floor"]
+__all__ = [
+    "aggregate",
+    "clustered_standard_error",
+    "half_width_95",
+    "percentile",
+    "sample_floor",
+    "validate_accuracy_benefits",
+    "validate_distortion",
+    "validate_token_utilization",
+]
