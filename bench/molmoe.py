@@ -4,7 +4,8 @@
     python bench/molmoe.py --shape 1b       # the real shape with random weights, for a GPU
 
 Everything is timed in one process, the variants taking turns, so that their ratios hold when the machine's speed
-drifts. The roofline is measured in the same run: a large matrix product for FLOP/s, a large copy for bytes/s.
+drifts. On a GPU decoding is timed with the graph engine as well, whose step is captured once and replayed. The roofline
+is measured in the same run: a large matrix product for FLOP/s, a large copy for bytes/s.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,11 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from knobs.vision import VisionSetting
 from workers.models import describe
-from workers.models.adapter import DecodeState, VisionLanguageModel
+from workers.models.adapter import VisionLanguageModel
 from workers.models.byte_tokenizer import byte_tokenizer
+from workers.models.capture import Capture, capture_on
+from workers.models.engines import EagerEngine, Engine
+from workers.models.graph_engine import GraphEngine
 from workers.models.molmoe.checkpoint import load_published, save_published
 from workers.models.molmoe.configuration import MolmoEConfig
 from workers.probes import cpu_name
@@ -58,8 +63,29 @@ SMALL = {
 TOP_K = (1, 2, 4, 8)
 # Two of transformers' expert back-ends on our model, and the plain loop written here.
 LOOP = "loop"
-VARIANTS = ("grouped_mm", "eager", LOOP)
+PLAIN = ("grouped_mm", "eager", LOOP)
+GRAPHED = ("grouped_mm", "batched_mm")
 DECODE_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the model: a back-end of the experts, or the plain loop, and an engine."""
+
+    name: str
+    experts: str
+    engine: Engine
+
+
+def variants(vlm: VisionLanguageModel, make_capture: Callable[[], Capture] | None) -> list[Variant]:
+    """The variants that are compared; those with graphs only where something can capture them."""
+    plain = [Variant(name, name, EagerEngine(vlm.model)) for name in PLAIN]
+    if make_capture is None:
+        return plain
+    # An engine of its own for each, because one drops its graphs when the back-end changes.
+    return plain + [
+        Variant(f"{experts} graph", experts, GraphEngine(vlm.model, vlm.decoder, make_capture)) for experts in GRAPHED
+    ]
 
 
 class PlainLoop(nn.Module):
@@ -97,19 +123,22 @@ def main() -> None:
         flops_rate, bytes_rate = matmul_rate(device, dtype), copy_rate(device, dtype)
         loops = [PlainLoop(block.mlp.experts) for block in vlm.decoder.layers]
         print(header(options, device, dtype, vlm, inputs, flops_rate, bytes_rate))
+        compared = variants(vlm, capture_on(device))
         tables: dict[str, list[str]] = {"prefill": [], "decode": []}
         for k in TOP_K:
             with vlm.knobs(moe_top_k=k):
-                times = measured(vlm, loops, inputs, features, options.repeats)
-            prefill = {name: [both[0] for both in values] for name, values in times.items()}
+                times = measured(vlm, compared, loops, inputs, features, options.repeats)
+            # Prefill is the same with both engines.
+            prefill = {name: [both[0] for both in times[name]] for name in PLAIN}
             decode = {name: [both[1] for both in values] for name, values in times.items()}
             tables["prefill"].append(cells(k, prefill, prefill_flops(vlm, inputs, k), flops_rate, 1e9, 0))
             tables["decode"].append(cells(k, decode, active_bytes(vlm, k), bytes_rate, 1e6, 1))
             print(f"top-k {k} measured", file=sys.stderr, flush=True)
     print("\nPrefill of the text, vision features given, ms:\n")
-    print(head("GFLOP", "best GFLOP/s"), *tables["prefill"], sep="\n")
-    print("\nOne decode step, eager engine, ms:\n")
-    print(head("MB", "best GB/s"), *tables["decode"], sep="\n")
+    print(head(PLAIN, "GFLOP", "best GFLOP/s"), *tables["prefill"], sep="\n")
+    engines = "eager engine" + ("; graph: captured once, replayed" if len(compared) > len(PLAIN) else "")
+    print(f"\nOne decode step, {engines}, ms:\n")
+    print(head([variant.name for variant in compared], "MB", "best GB/s"), *tables["decode"], sep="\n")
     print(footer(device, vlm, peak_load))
     if options.shape == "small":
         print(loading(vlm))
@@ -145,45 +174,56 @@ def built(shape: str, dtype: torch.dtype, device: torch.device) -> tuple[VisionL
 
 
 def measured(
-    vlm: VisionLanguageModel, loops: list[PlainLoop], inputs: Any, features: Any, repeats: int
+    vlm: VisionLanguageModel,
+    compared: Sequence[Variant],
+    loops: list[PlainLoop],
+    inputs: Any,
+    features: Any,
+    repeats: int,
 ) -> dict[str, list[tuple[float, float]]]:
-    """Seconds of prefill and of a decode step for every variant; they take turns, and the first round warms up."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in VARIANTS}
-    for repeat in range(repeats + 1):
-        for name in VARIANTS:
-            restore = replaced(vlm, loops if name == LOOP else None)
-            if name != LOOP:
-                vlm.model.set_experts_implementation(name)
+    """Seconds of prefill and of a decode step for every variant; they take turns, after rounds that warm up.
+
+    A variant that the engine could not run as it should has no times.
+    """
+    times: dict[str, list[tuple[float, float]]] = {variant.name: [] for variant in compared}
+    # What captures does so in the first round and empties the allocator's cache by it, so that needs a second.
+    warm_up = 1 + max(variant.engine.warm_up_rounds for variant in compared)
+    for turn in range(warm_up + repeats):
+        for variant in compared:
+            vlm.engine = variant.engine
+            restore = replaced(vlm, loops if variant.experts == LOOP else None)
+            if variant.experts != LOOP:
+                vlm.model.set_experts_implementation(variant.experts)
             both = timed(vlm, inputs, features)
             restore()
-            if repeat:
-                times[name].append(both)
+            if turn >= warm_up and both is not None:
+                times[variant.name].append(both)
     return times
 
 
 def cells(k: int, times: dict[str, list[float]], work: float, rate: float, unit: float, digits: int) -> str:
     """One line of a table: times of each variant, ratios to the loop, and how far from the floor."""
-    median = {name: statistics.median(values) * 1e3 for name, values in times.items()}
-    least = {name: min(values) * 1e3 for name, values in times.items()}
+    median = {name: statistics.median(values) * 1e3 for name, values in times.items() if values}
+    least = {name: min(values) * 1e3 for name, values in times.items() if values}
     floor = work / rate * 1e3
-    ours = [name for name in VARIANTS if name != LOOP]
+    ours = [name for name in times if name != LOOP]
     columns = [
         str(k),
-        *(f"{median[name]:.{digits}f} ({least[name]:.{digits}f})" for name in VARIANTS),
-        *(f"{median[LOOP] / median[name]:.2f}" for name in ours),
+        *(f"{median[name]:.{digits}f} ({least[name]:.{digits}f})" if name in median else "-" for name in times),
+        *(f"{median[LOOP] / median[name]:.2f}" if name in median else "-" for name in ours),
         f"{work / unit:.1f}",
-        f"{work / min(median[name] for name in ours) * 1e3 / 1e9:.1f}",
-        *(f"{median[name] / floor:.2f}" for name in ours),
+        f"{work / min(median[name] for name in ours if name in median) * 1e3 / 1e9:.1f}",
+        *(f"{median[name] / floor:.2f}" if name in median else "-" for name in ours),
     ]
     return "| " + " | ".join(columns) + " |"
 
 
-def head(work: str, rate: str) -> str:
+def head(variant_names: Sequence[str], work: str, rate: str) -> str:
     """The heading of a table."""
-    ours = [name for name in VARIANTS if name != LOOP]
+    ours = [name for name in variant_names if name != LOOP]
     names = [
         "top-k",
-        *VARIANTS,
+        *variant_names,
         *(f"{LOOP} / {name}" for name in ours),
         work,
         rate,
@@ -207,21 +247,18 @@ def replaced(vlm: VisionLanguageModel, loops: list[PlainLoop] | None) -> Callabl
     return restore
 
 
-def timed(vlm: VisionLanguageModel, inputs: Any, features: Any) -> tuple[float, float]:
-    """Seconds of prefill, and of one decode step (mean of a few)."""
+def timed(vlm: VisionLanguageModel, inputs: Any, features: Any) -> tuple[float, float] | None:
+    """Seconds of prefill, and of one decode step (mean of a few); None if another engine than asked for decoded."""
     synchronize(vlm.device)
     start = time.perf_counter()
-    token, state = vlm.prefill(inputs.prompt, inputs.vision, features)
+    token, state = vlm.prefill(inputs.prompt, inputs.vision, features, DECODE_STEPS + 1)
     synchronize(vlm.device)
     prefilled = time.perf_counter()
-    decode(vlm, token, state)
-    synchronize(vlm.device)
-    return prefilled - start, (time.perf_counter() - prefilled) / DECODE_STEPS
-
-
-def decode(vlm: VisionLanguageModel, token: torch.Tensor, state: DecodeState) -> None:
     for _ in range(DECODE_STEPS):
         token = vlm.decode_step(token, state)
+    synchronize(vlm.device)
+    done = time.perf_counter()
+    return None if state.use.note else (prefilled - start, (done - prefilled) / DECODE_STEPS)
 
 
 def prefill_flops(vlm: VisionLanguageModel, inputs: Any, k: int) -> float:

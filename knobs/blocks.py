@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from knobs.configuration import entries_of
 from knobs.errors import KnobError
+from knobs.stack import BlockStack, stack_of
 
 if TYPE_CHECKING:
     import torch
@@ -18,18 +21,26 @@ def prefix_blocks(count: int, num_blocks: int) -> tuple[int, ...]:
     return tuple(range(min(count, num_blocks)))
 
 
-def refuse_blocks(active_blocks: int | Sequence[int], num_blocks: int) -> str | None:
-    """Why a model of `num_blocks` blocks cannot run `active_blocks` (a count or a list of indices), or None."""
+def refuse_blocks(active_blocks: int | Sequence[int], num_blocks: int, stack: BlockStack | None = None) -> str | None:
+    """Why a model of `num_blocks` blocks cannot run `active_blocks` (a count or a list of indices), or None.
+
+    Args:
+        active_blocks: how many blocks from the first on, or their indices.
+        num_blocks: blocks of the model.
+        stack: what is known of their dependence on each other; if None, each is taken for independent.
+    """
     if isinstance(active_blocks, int):
         if not 1 <= active_blocks <= num_blocks:
             return f"the model has {num_blocks} blocks, so active_blocks must be 1 to {num_blocks}"
-        return None
-    if not active_blocks:
-        return "at least one block must run"
-    outside = [i for i in active_blocks if not 0 <= i < num_blocks]
-    if outside:
-        return f"the model has blocks 0 to {num_blocks - 1}, not {', '.join(map(str, outside))}"
-    return None
+        kept: Sequence[int] = prefix_blocks(active_blocks, num_blocks)
+    else:
+        if not active_blocks:
+            return "at least one block must run"
+        outside = [i for i in active_blocks if not 0 <= i < num_blocks]
+        if outside:
+            return f"the model has blocks 0 to {num_blocks - 1}, not {', '.join(map(str, outside))}"
+        kept = active_blocks
+    return None if stack is None else stack.refuse(kept)
 
 
 @contextmanager
@@ -43,7 +54,8 @@ def active_blocks(decoder: nn.Module, keep: int | Sequence[int] | None) -> Itera
     layer types, rotary tables and deep-stack features that are addressed by position remain right.
 
     Raises:
-        KnobError: an index or a count that the decoder does not have, or an empty list.
+        KnobError: an index or a count that the decoder does not have, an empty list, or a block that cannot run without
+            one of those that would be skipped.
     """
     layers: Any = decoder.layers
     asked = keep if keep is None or isinstance(keep, int) else list(keep)
@@ -51,9 +63,13 @@ def active_blocks(decoder: nn.Module, keep: int | Sequence[int] | None) -> Itera
         raise KnobError(f"active_blocks {asked}: {reason}")
     kept = prefix_blocks(asked, len(layers)) if isinstance(asked, int) else asked
     skip = [] if kept is None else sorted(set(range(len(layers))) - set(kept))
-    if not skip:
+    if not skip or kept is None:
         yield
         return
+    config = getattr(decoder, "config", None)
+    text = {} if config is None else entries_of(config)
+    if reason := stack_of(text, len(layers)).refuse(kept):
+        raise KnobError(f"active_blocks {asked}: {reason}")
 
     # Imported late: planning a sweep needs the arithmetic above without loading transformers.
     from transformers.cache_utils import Cache, DummyLayer
@@ -63,14 +79,15 @@ def active_blocks(decoder: nn.Module, keep: int | Sequence[int] | None) -> Itera
         if isinstance(cache, Cache):
             for i in skip:
                 if i < len(cache.layers) and not isinstance(cache.layers[i], DummyLayer):
-                    cache.layers[i] = DummyLayer()
+                    cache.layers[i] = slot = DummyLayer()
+                    slot._layer_type = "dummy"  # some families ask every slot for its kind
 
     hook = decoder.register_forward_pre_hook(give_up_cache_slots, with_kwargs=True)
     # An instance may own a `forward` already (accelerate puts one there); it has to come back as it was.
     saved = {i: layers[i].__dict__.get("forward") for i in skip}
     try:
         for i in skip:
-            layers[i].forward = _pass_through
+            layers[i].forward = _pass_through(layers[i], text.get("model_type"))
         yield
     finally:
         for i, forward in saved.items():
@@ -81,5 +98,24 @@ def active_blocks(decoder: nn.Module, keep: int | Sequence[int] | None) -> Itera
         hook.remove()
 
 
-def _pass_through(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+# What a skipped block does: it returns what it was given, in the form in which its kind of block returns it.
+
+
+def _residual_stream(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     return hidden_states
+
+
+def _tuple_of_one(hidden_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor]:
+    return (hidden_states,)
+
+
+def _with_chosen_tokens(
+    hidden_states: torch.Tensor, *_: Any, prev_topk_indices: Any = None, **__: Any
+) -> tuple[torch.Tensor, Any]:
+    return hidden_states, prev_topk_indices
+
+
+def _pass_through(layer: nn.Module, model_type: str | None) -> Callable[..., Any]:
+    if "prev_topk_indices" in inspect.signature(type(layer).forward).parameters:
+        return _with_chosen_tokens
+    return _tuple_of_one if model_type == "chameleon" else _residual_stream

@@ -221,7 +221,8 @@ class CropGridGeometry(ABC):
 
     def layout(self, height: int, width: int, setting: VisionSetting) -> VisionLayout:
         tiling = self.tiling(height, width, setting)
-        mismatch = tiling_mismatch(*self.grid.inner_size(height, width), tiling)
+        # Where the margins leave nothing of an image, its own aspect is what is distorted.
+        mismatch = tiling_mismatch(*self.grid.inner_size(height, width, "log"), tiling)
         return self._layout(tiling, setting, mismatch)
 
     def pinned(self, setting: VisionSetting) -> VisionLayout | None:

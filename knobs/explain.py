@@ -6,6 +6,7 @@ import argparse
 import json
 import statistics
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -276,11 +277,11 @@ def _card_lines(model: DescribedModel) -> Iterable[str]:
     yield f"{model.name}"
     yield ""
     yield "1. Architecture"
-    yield f"   vision tower     {card.vision_tower}"
-    yield f"   projector        {card.projector}"
-    yield f"   language model   {card.language_model}"
+    yield from _wrapped(card.vision_tower, "   vision tower     ")
+    yield from _wrapped(card.projector, "   projector        ")
+    yield from _wrapped(card.language_model, "   language model   ")
     yield f"   blocks           {model.num_blocks}{experts}"
-    yield f"   tower image      {card.target_size}"
+    yield from _wrapped(card.target_size, "   tower image      ")
     if card.parameters is None:
         yield "   parameters       not known without the weights"
     else:
@@ -293,26 +294,34 @@ def _card_lines(model: DescribedModel) -> Iterable[str]:
             yield f"                    of the language model, a token passes through {_count(parts.active_language)}"
     yield ""
     yield "2. Image preprocessing"
-    yield from (f"   {i}. {step}" for i, step in enumerate(card.preprocessing, start=1))
+    for number, step in enumerate(card.preprocessing, start=1):
+        yield from _wrapped(step, f"   {number}. ")
     yield ""
     yield "3. One crop only"
-    yield f"   {card.splitting_off}"
+    yield from _wrapped(card.splitting_off)
     yield ""
     yield "4. Several images"
-    yield f"   {card.batching}"
+    yield from _wrapped(card.batching)
     real, padded = padded_images(_EXAMPLE_BATCH)
     batch = f"   samples of {', '.join(map(str, _EXAMPLE_BATCH[:-1]))} and {_EXAMPLE_BATCH[-1]} images"
-    if card.padded:
-        through = "go" if card.padding_in_tower else "do not go"
+    if card.padded is None:
+        yield "   what a batch of them costs is not known: its own processor decides"
+    elif card.padded:
+        through = {True: "go", False: "do not go", None: "may go"}[card.padding_in_tower]
         yield f"{batch} take the pixels of {padded} for {real} ({padded / real:.1f}x);"
         yield f"   the empty ones {through} through the vision tower"
     else:
         yield f"{batch} take the pixels of {real}: nothing is padded"
     yield ""
     yield "5. An image in the prompt"
-    yield from (f"   {line}" for line in card.image_tokens)
+    for line in card.image_tokens:
+        yield from _wrapped(line)
     yield ""
     yield f"Vision knobs: {', '.join((*model.geometry.axes, *model.geometry.options)) or 'none, native only'}"
+
+
+def _wrapped(text: str, label: str = "   ") -> list[str]:
+    return textwrap.wrap(text, 120, initial_indent=label, subsequent_indent=" " * len(label), break_on_hyphens=False)
 
 
 def _count(parameters: int) -> str:

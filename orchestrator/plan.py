@@ -11,9 +11,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+from typing import Protocol as Interface
 
 from knobs.blocks import prefix_blocks, refuse_blocks
-from knobs.experts import refuse_top_k
+from knobs.errors import KnobError
+from knobs.routing import refuse_top_k
 from knobs.vision import VISION_AXES, VISION_OPTIONS, VisionLayout, VisionSetting
 from orchestrator.sampling import sample
 from orchestrator.spec import Sweep
@@ -33,17 +35,27 @@ class PlannedModel:
     card: ModelCard
     source: ModelSource
 
+    @property
+    def key(self) -> str:
+        """The same for entries that differ only in what they leave to a default, or in where the same files are."""
+        return digest(_model_identity(self.source))
+
 
 @dataclass(frozen=True)
 class PlannedDataset:
-    """A data set of the sweep: where it is, which samples were drawn, and the cap on answers.
+    """A data set of the sweep.
 
-    `not_here` says why the samples are stand-ins, in a dry run of a data set that is not downloaded yet.
+    Attributes:
+        samples: those drawn, in the order of the draw.
+        max_new_tokens: cap on answers.
+        choosing: samples that blocks are chosen on, as far as possible none of `samples`.
+        not_here: why the samples are stand-ins, in a dry run of a data set that is not downloaded yet.
     """
 
     source: DatasetSource
     samples: tuple[SampleRef, ...]
     max_new_tokens: int
+    choosing: tuple[SampleRef, ...] = ()
     not_here: str | None = None
 
 
@@ -103,6 +115,32 @@ class Plan:
     accelerators: tuple[str, ...]
     datasets: tuple[str, ...]
 
+    @classmethod
+    def of_tasks(cls, tasks: Sequence[Task]) -> Plan:
+        """Tasks alone, such as those that say which blocks to choose."""
+        return cls((), tuple(tasks), (), (), (), tuple(dict.fromkeys(task.dataset.name for task in tasks)))
+
+
+class BlockChoice(Interface):
+    """Which blocks run for a number of them on one model."""
+
+    def blocks(self, count: int) -> tuple[int, ...]:
+        """The blocks, ascending.
+
+        Raises:
+            KnobError: there is no choice of so many.
+        """
+
+
+@dataclass(frozen=True)
+class FirstBlocks:
+    """The first blocks: a choice that needs no scores."""
+
+    num_blocks: int
+
+    def blocks(self, count: int) -> tuple[int, ...]:
+        return prefix_blocks(count, self.num_blocks)
+
 
 @dataclass
 class _Points:
@@ -112,24 +150,25 @@ class _Points:
 
 
 def make_plan(
-    sweep: Sweep, models: Sequence[PlannedModel], datasets: Sequence[PlannedDataset], accelerators: Sequence[str]
+    sweep: Sweep,
+    models: Sequence[PlannedModel],
+    datasets: Sequence[PlannedDataset],
+    accelerators: Sequence[str],
+    choices: Mapping[str, BlockChoice] | None = None,
 ) -> Plan:
     """Expand a sweep.
 
     Args:
         models, datasets: of the sweep, resolved, in its order.
         accelerators: kinds of device to time on.
+        choices: which blocks run for a number of them, by `PlannedModel.key`; the first ones for what is not there.
     """
     combinations: list[Combination] = []
     tasks: dict[str, Task] = {}
     skips: list[Skip] = []
     dropped: list[Dropped] = []
-    # Entries that differ only in what they leave to a default, or in where the same files are, are one model.
-    distinct: dict[str, PlannedModel] = {}
-    for model in models:
-        distinct.setdefault(digest(_model_identity(model.source)), model)
-    for model in distinct.values():
-        points = expand(sweep, model.card)
+    for key, model in distinct(models).items():
+        points = expand(sweep, model.card, (choices or {}).get(key))
         skips += points.skips
         dropped += points.dropped
         for knobs in points.knobs:
@@ -152,8 +191,20 @@ def make_plan(
 # -- expansion --------------------------------------------------------------------------------------------------------
 
 
-def expand(sweep: Sweep, card: ModelCard) -> _Points:
-    """The effective points of the grid on one model; axes it lacks are dropped, values it cannot take are skipped."""
+def distinct(models: Sequence[PlannedModel]) -> dict[str, PlannedModel]:
+    """The models by `PlannedModel.key`, each once."""
+    found: dict[str, PlannedModel] = {}
+    for model in models:
+        found.setdefault(model.key, model)
+    return found
+
+
+def expand(sweep: Sweep, card: ModelCard, choice: BlockChoice | None = None) -> _Points:
+    """The effective points of the grid on one model; axes it lacks are dropped, values it cannot take are skipped.
+
+    Args:
+        choice: which blocks run for a number of them; the first ones if None.
+    """
     points = _Points()
     axes: dict[str, tuple[object, ...]] = {}
     for axis, levels in sweep.knobs.axes.items():
@@ -166,7 +217,11 @@ def expand(sweep: Sweep, card: ModelCard) -> _Points:
         if reason := _refusal(sweep, card, point):
             points.skips.append(Skip(card.name, point, reason))
             continue
-        knobs = effective_knobs(sweep, card, point)
+        try:
+            knobs = effective_knobs(sweep, card, point, choice or FirstBlocks(card.num_blocks))
+        except KnobError as error:
+            points.skips.append(Skip(card.name, point, str(error)))
+            continue
         if knobs in seen:
             # 16 blocks of 16 and the list of all sixteen are one combination, measured once.
             continue
@@ -175,11 +230,20 @@ def expand(sweep: Sweep, card: ModelCard) -> _Points:
     return points
 
 
-def effective_knobs(sweep: Sweep, card: ModelCard, point: Mapping[str, Any]) -> Knobs:
-    """A point of the grid with nothing left to a default: the model's own top-k, every block by index."""
+def effective_knobs(sweep: Sweep, card: ModelCard, point: Mapping[str, Any], choice: BlockChoice) -> Knobs:
+    """A point of the grid with nothing left to a default: the model's own top-k, every block by index.
+
+    Raises:
+        KnobError: no blocks can be chosen for the number that the point asks for, or the model cannot run them.
+    """
     vision = card.geometry.complete(_vision(sweep, point))
     blocks = point.get("active_blocks", card.num_blocks)
-    kept = prefix_blocks(blocks, card.num_blocks) if isinstance(blocks, int) else tuple(blocks)
+    if not isinstance(blocks, int):
+        kept = tuple(blocks)
+    else:
+        kept = prefix_blocks(blocks, blocks) if blocks == card.num_blocks else choice.blocks(blocks)
+        if reason := refuse_blocks(kept, card.num_blocks, card.stack):
+            raise KnobError(f"blocks {', '.join(map(str, kept))} are chosen, and {reason}")
     return Knobs(vision, point.get("moe_top_k", card.moe_top_k), kept)
 
 
@@ -208,10 +272,10 @@ def _lacks(card: ModelCard, axis: str) -> str | None:
 def _refusal(sweep: Sweep, card: ModelCard, point: Mapping[str, Any]) -> str | None:
     if reason := card.geometry.refuse(_vision(sweep, point)):
         return reason
-    if "moe_top_k" in point and (reason := refuse_top_k(point["moe_top_k"], card.num_experts)):
+    if "moe_top_k" in point and (reason := refuse_top_k(point["moe_top_k"], card.routing)):
         return reason
     if "active_blocks" in point:
-        return refuse_blocks(point["active_blocks"], card.num_blocks)
+        return refuse_blocks(point["active_blocks"], card.num_blocks, card.stack)
     return None
 
 
@@ -336,6 +400,7 @@ def task_identity(task: Task) -> dict[str, Any]:
         "groups": [columns.image_id, columns.question_type] if task.kind is Kind.ACCURACY else None,
         "prompt": task.dataset.prompt,
         "protocol": asdict(task.protocol),
+        **({"method": task.method, "candidates": task.candidates} if task.kind is Kind.IMPORTANCE else {}),
         **_point_identity(task.model, task.knobs, task.dataset),
     }
 
@@ -364,6 +429,7 @@ def _point_identity(model: ModelSource, knobs: Knobs, dataset: DatasetSource) ->
 def _model_identity(model: ModelSource) -> dict[str, Any]:
     description = asdict(model)
     del description["place"]  # the same files elsewhere are the same model
+    del description["moe_renormalization"]  # the configuration says it, and the fingerprint knows the configuration
     return description
 
 

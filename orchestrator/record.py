@@ -44,8 +44,13 @@ class Recorder:
         for combination in plan.combinations:
             for task_id in _tasks_of(combination):
                 self._combinations_of[task_id].append(combination)
-        self.done = self._tasks.keys() & (store.finished(Kind.LATENCY) | store.finished(Kind.ACCURACY))
+        self.done = self._tasks.keys() & {task_id for kind in Kind for task_id in store.finished(kind)}
         self.failed = set() if retry_failed else {t for t in self._tasks.keys() - self.done if self._failed_before(t)}
+
+    @property
+    def num_tasks(self) -> int:
+        """Tasks of the plan."""
+        return len(self._tasks)
 
     def todo(self) -> list[Task]:
         """Tasks that have not ended, in the order of the plan."""
@@ -134,6 +139,7 @@ class Recorder:
                 "dtype": model.dtype,
                 "attention": model.attention,
                 "experts": model.experts,
+                "moe_renormalization": model.moe_renormalization,
                 "engine": model.engine,
                 "schema_version": SCHEMA_VERSION,
             }
@@ -207,6 +213,32 @@ class Recorder:
             rows = self._whole_rows("combinations", names)
         return rows[rows["accelerator"].isin(self._plan.accelerators)]
 
+    def vision_rows(self) -> pd.DataFrame:
+        """Sample rows that show every vision setting once: those of its largest combination that has ended.
+
+        Scored rows, or timed ones where nothing was scored: what becomes of an image does not depend on other knobs, so
+        that a sweep of any size is judged by a few of its parts. The largest keeps the most of the accuracy.
+        """
+        largest: dict[tuple[str, str, VisionSetting], Combination] = {}
+        for combination in self._plan.combinations:
+            if self.done.isdisjoint(_tasks_of(combination)):
+                continue
+            key = (combination.model.name, combination.dataset.name, combination.knobs.vision)
+            if key not in largest or _size(largest[key]) < _size(combination):
+                largest[key] = combination
+        parts = []
+        for combination in largest.values():
+            scored = [task_id for task_id in combination.accuracy_tasks if task_id in self.done]
+            timed = [task_id for task_id in combination.latency_tasks if task_id in self.done]
+            parts.append(self._whole_rows(*((Kind.ACCURACY, scored) if scored else (Kind.LATENCY, timed))))
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+    def importance_rows(self) -> pd.DataFrame:
+        """The rows of the importance tasks that are done."""
+        done = [task.task_id for task in self._plan.tasks if task.task_id in self.done]
+        rows = self._whole_rows(Kind.IMPORTANCE, done)
+        return rows[rows["status"] == Status.DONE.value]
+
     def failed_rows(self) -> int:
         """How many rows of single samples failed inside tasks that are done."""
         return sum(self._ended(task_id)[1] for task_id in self.done)
@@ -240,6 +272,10 @@ class Recorder:
             return self._whole_rows(table, names, columns)
 
 
+def _size(combination: Combination) -> tuple[int, int]:
+    return len(combination.knobs.active_blocks), combination.knobs.moe_top_k or 0
+
+
 def _tasks_of(combination: Combination) -> tuple[str, ...]:
     return combination.latency_tasks + combination.accuracy_tasks
 
@@ -247,7 +283,7 @@ def _tasks_of(combination: Combination) -> tuple[str, ...]:
 def _identity_of(task: Task) -> dict[str, Any]:
     return knob_columns(task.knobs) | {
         "task_id": task.task_id,
-        "combination_id": task.combination_id,
+        "combination_id": task.combination_id or None,
         "sweep": task.sweep,
         "kind": task.kind.value,
         "num_samples": len(task.samples),

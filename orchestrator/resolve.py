@@ -26,20 +26,6 @@ def refuse_unavailable(sweep: Sweep) -> None:
         SpecError: with one line per such key.
     """
     problems: list[Problem] = []
-    for key in ("scores", "samples", "keep"):
-        if sweep.block_selection.method == "prefix" and getattr(sweep.block_selection, key) is not None:
-            problems.append(sweep.problem(f"block_selection.{key}", "is not used by method prefix; leave it out"))
-    if sweep.block_selection.method != "prefix":
-        problems.append(
-            sweep.problem(
-                "block_selection.method", f"{sweep.block_selection.method} is not available yet (available: prefix)"
-            )
-        )
-    for i, model in enumerate(sweep.models):
-        if model.engine != "eager":
-            problems.append(
-                sweep.problem(f"models[{i}].engine", f"{model.engine} is not available yet (available: eager)")
-            )
     if sweep.latency is not None:
         if sweep.latency.batch_size != 1:
             problems.append(sweep.problem("latency.batch_size", "only 1 is available yet"))
@@ -139,7 +125,9 @@ def resolve_datasets(sweep: Sweep, *, offline: bool = False) -> list[PlannedData
     known = presets()
     for i, entry in enumerate(sweep.datasets):
         try:
-            dataset = _dataset(entry, _folder_of(sweep), known, offline)
+            chosen_on = sweep.block_selection.dataset or sweep.datasets[0].name
+            to_choose = sweep.block_selection.num_samples if entry.name == chosen_on else 0
+            dataset = _dataset(entry, _folder_of(sweep), known, offline, to_choose)
         except DatasetError as error:
             problems.append(sweep.problem(f"datasets[{i}]", str(error)))
             continue
@@ -214,12 +202,26 @@ def _source(entry: ModelEntry, card: ModelCard, accelerators: Sequence[str]) -> 
         fingerprint=card.fingerprint,
         dtype=entry.dtype or ("bfloat16" if on_gpu else "float32"),
         attention=entry.attention or "sdpa",
-        experts=None if card.num_experts is None else entry.experts or "grouped_mm",
+        experts=_experts(entry, card),
         engine=entry.engine,
+        moe_renormalization=None if card.routing is None else card.routing.renormalization,
     )
 
 
-def _dataset(entry: DatasetEntry, folder: Path, known: Mapping[str, Preset], offline: bool) -> PlannedDataset:
+def _experts(entry: ModelEntry, card: ModelCard) -> str | None:
+    if card.routing is None:
+        return None
+    return entry.experts or (None if card.routing.one_back_end else "grouped_mm")
+
+
+def _dataset(
+    entry: DatasetEntry, folder: Path, known: Mapping[str, Preset], offline: bool, to_choose: int
+) -> PlannedDataset:
+    """A data set with its samples, and `to_choose` more to choose blocks on.
+
+    Those come after the samples that are scored, so that what is chosen is not judged by what chose it; where the data
+    set has not enough of them, the scored ones are taken too.
+    """
     source = resolve_source(
         name=entry.name,
         split=entry.split,
@@ -235,11 +237,14 @@ def _dataset(entry: DatasetEntry, folder: Path, known: Mapping[str, Preset], off
     preset = known.get(entry.name)
     cap = entry.max_new_tokens or (preset.max_new_tokens if preset else DEFAULT_MAX_NEW_TOKENS)
     try:
-        samples = tuple(Dataset.open(source, offline=offline).select(entry.samples, entry.seed))
+        opened = Dataset.open(source, offline=offline)
+        wanted = None if entry.samples is None else entry.samples + to_choose
+        drawn = tuple(opened.select(wanted, entry.seed))
     except NotDownloaded as error:
         stand_ins = tuple(SampleRef(f"{source.name}:{source.split}:?{i}", "?") for i in range(entry.samples or 1))
-        return PlannedDataset(source, stand_ins, cap, not_here=str(error))
-    return PlannedDataset(source, samples, cap)
+        return PlannedDataset(source, stand_ins, cap, stand_ins[:to_choose], not_here=str(error))
+    samples, others = drawn[: entry.samples], drawn[len(drawn) if entry.samples is None else entry.samples :]
+    return PlannedDataset(source, samples, cap, (*others, *samples)[:to_choose])
 
 
 def _folder_of(sweep: Sweep) -> Path:

@@ -9,22 +9,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.plan import make_plan
+from orchestrator.block_choice import NotChosen, Unfinished, choices_so_far, choose_blocks
+from orchestrator.plan import Plan, make_plan
 from orchestrator.resolve import accelerators_wanted, planned_models, refuse_unavailable, resolve
 from orchestrator.spec import SpecError, Sweep, load_sweep
 from orchestrator.store import ResultStore, StoreError, read_finished, results_folder
 from orchestrator.summary import (
     print_combinations,
+    print_engines,
     print_failures,
     print_place,
     print_plan,
+    print_questions,
     print_results,
+    print_vision_checks,
     print_warnings,
 )
 from workers.probes import local_accelerators
 
 if TYPE_CHECKING:
     from orchestrator.record import Recorder
+    from orchestrator.schedule import Scheduler
 
 DONE, SOME_FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 READER_GONE = 141  # what a shell reports of a program whose reader, such as `head`, has closed the pipe
@@ -63,11 +68,14 @@ def dry_run(sweep: Sweep, root: Path, address: str | None) -> int:
         print("note: a dry run asks no cluster, so this is the plan for this machine; name its devices under hardware")
     accelerators = accelerators_wanted(sweep, local_accelerators())
     cards, datasets = resolve(sweep, offline=True)
-    plan = make_plan(sweep, planned_models(sweep, cards, accelerators), datasets, accelerators)
+    models = planned_models(sweep, cards, accelerators)
+    choices, open_questions = choices_so_far(sweep, models, datasets, root)
+    plan = make_plan(sweep, models, datasets, accelerators, choices)
     done, failed = read_finished(root, [task.task_id for task in plan.tasks])
     for dataset in datasets:
         if dataset.not_here:
             print(f"note: {dataset.not_here}, so this run cannot tell what is done of it")
+    print_questions(open_questions)
     print_plan(plan, accelerators, done, failed)
     print_combinations(plan)
     return DONE
@@ -80,8 +88,6 @@ def run(sweep: Sweep, root: Path, address: str | None, retry_failed: bool) -> in
 
     from orchestrator.cluster import ClusterError, connect, pools_for
     from orchestrator.interrupt import Interruption
-    from orchestrator.progress import ProgressReport
-    from orchestrator.record import Recorder
     from orchestrator.schedule import Scheduler
 
     cards, datasets = resolve(sweep, offline=False)
@@ -92,21 +98,27 @@ def run(sweep: Sweep, root: Path, address: str | None, retry_failed: bool) -> in
         interruption.listen()
         accelerators = accelerators_wanted(sweep, list(cluster.gpus))
         pools = pools_for(sweep, accelerators, cluster)
-        plan = make_plan(sweep, planned_models(sweep, cards, accelerators), datasets, accelerators)
-        recorder = Recorder(store, sweep, plan, retry_failed=retry_failed)
         print(f"cluster: {cluster.address} with {cluster}; dashboard {cluster.dashboard or 'off'}")
         print(f"workers: {', '.join(map(str, pools))}")
-        recorder.catch_up()
-        print_plan(plan, accelerators, recorder.done, recorder.failed)
-        if not plan.tasks:
-            what = "nothing to run, no model of the sweep can take any of the combinations"
-            raise SpecError([sweep.problem("knobs", what)])
-        print_warnings(store.warnings)
-        with ProgressReport(len(plan.tasks), len(recorder.done), len(recorder.failed)) as progress:
-            for outcome in Scheduler(pools, interruption, progress.heartbeat).run(recorder.todo()):
-                recorder.commit(outcome)
-                progress.ended(outcome)
-        return _conclude(recorder, store, len(plan.tasks), interrupted=interruption())
+        models = planned_models(sweep, cards, accelerators)
+        with Scheduler(pools, interruption) as scheduler:
+
+            def measure(plan: Plan) -> Recorder:
+                return _measure(sweep, plan, store, scheduler, retry_failed)
+
+            choices = choose_blocks(sweep, models, datasets, root, lambda tasks: measure(Plan.of_tasks(tasks)))
+            plan = make_plan(sweep, models, datasets, accelerators, choices)
+            if not plan.tasks:
+                what = "nothing to run, no model of the sweep can take any of the combinations"
+                print_plan(plan, accelerators, (), ())
+                raise SpecError([sweep.problem("knobs", what)])
+            recorder = measure(plan)
+        unchosen = any(isinstance(choice, NotChosen) for choice in choices.values())
+        return _conclude(sweep, recorder, store, interrupted=interruption(), unresolved=unchosen)
+    except Unfinished as unfinished:
+        print(f"{unfinished}; the same command goes on from there")
+        print_place(store.root)
+        return INTERRUPTED
     except ClusterError as error:
         print(error, file=sys.stderr)
         return WRONG
@@ -116,19 +128,41 @@ def run(sweep: Sweep, root: Path, address: str | None, retry_failed: bool) -> in
         store.close()
 
 
-def _conclude(recorder: Recorder, store: ResultStore, total: int, *, interrupted: bool) -> int:
+def _measure(sweep: Sweep, plan: Plan, store: ResultStore, scheduler: Scheduler, retry_failed: bool) -> Recorder:
+    """Run what is not there yet of a plan, and commit each result as it arrives."""
+    from orchestrator.progress import ProgressReport
+    from orchestrator.record import Recorder
+
+    recorder = Recorder(store, sweep, plan, retry_failed=retry_failed)
+    recorder.catch_up()
+    print_plan(plan, plan.accelerators, recorder.done, recorder.failed)
+    print_warnings(store.warnings)
+    with ProgressReport(len(plan.tasks), len(recorder.done), len(recorder.failed)) as progress:
+        for outcome in scheduler.run(recorder.todo(), progress.heartbeat):
+            recorder.commit(outcome)
+            progress.ended(outcome)
+    return recorder
+
+
+def _conclude(
+    sweep: Sweep, recorder: Recorder, store: ResultStore, *, interrupted: bool, unresolved: bool = False
+) -> int:
     results, failures = recorder.results(), recorder.failures()
     failed_rows, failed_samples = recorder.failed_rows(), recorder.failed_samples()
     print_warnings(store.warnings)
     if len(results):
         print_results(results)
+        print_engines(results)
+    if sweep.knobs.vision_axis is not None:
+        print_vision_checks(recorder.vision_rows())
     print_failures(failures, failed_rows, failed_samples)
     if interrupted:
-        print(f"interrupted: {len(recorder.done)} of {total} tasks are done; the same command goes on from there")
+        done, total = len(recorder.done), recorder.num_tasks
+        print(f"interrupted: {done} of {total} tasks are done; the same command goes on from there")
     print_place(store.root)
     if interrupted:
         return INTERRUPTED
-    return SOME_FAILED if len(failures) or failed_rows or recorder.todo() else DONE
+    return SOME_FAILED if unresolved or len(failures) or failed_rows or recorder.todo() else DONE
 
 
 def _parser() -> argparse.ArgumentParser:

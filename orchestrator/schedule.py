@@ -6,7 +6,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import ray
 from ray import exceptions as ray_errors
@@ -71,46 +71,51 @@ class Slot:
 
 
 class Scheduler:
-    """Runs a backlog on pools of workers."""
+    """Runs one set of tasks after another on pools of workers; a context manager, whose end is that of its workers."""
 
     def __init__(
         self,
         pools: Sequence[Pool],
         interrupted: Callable[[], bool],
-        heartbeat: Callable[[str], None] = lambda state: None,
     ) -> None:
         """
         Args:
             interrupted: asked often; once true, nothing more is dispatched and what has finished is handed out.
-            heartbeat: called often with what the workers are doing, in words.
         """
-        self._heartbeat = heartbeat
         self._slots = [Slot(pool, f"{pool.accelerator}-{i}".lower()) for pool in pools for i in range(pool.workers)]
         self._interrupted = interrupted
         self._attempts: Counter[str] = Counter()
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[Outcome]:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for slot in self._slots:
+            _kill(slot)
+
+    def run(self, tasks: Sequence[Task], heartbeat: Callable[[str], None] = lambda state: None) -> Iterator[Outcome]:
         """Every task's outcome, in the order in which they end; each exactly once unless interrupted.
+
+        Workers stay for what is run next, with the model that they have loaded.
+
+        Args:
+            heartbeat: called often with what the workers are doing, in words.
 
         Raises:
             ClusterError: tasks are left that no worker can take any more; raised when all others have ended.
         """
         backlog = Backlog(tasks)
-        try:
-            while self._can_go_on(backlog):
-                if self._interrupted():
-                    yield from self._finished_already()
-                    return
-                self._fill(backlog)
-                self._heartbeat(self._state())
-                for slot in self._wait():
-                    yield from self._collect(slot, backlog)
-            if len(backlog):
-                reasons = [slot.retired for slot in self._slots if slot.retired]
-                raise ClusterError(f"{reasons[0]}; {len(backlog)} tasks are left, the same command goes on from there")
-        finally:
-            for slot in self._slots:
-                _kill(slot)
+        while self._can_go_on(backlog):
+            if self._interrupted():
+                yield from self._finished_already()
+                return
+            self._fill(backlog)
+            heartbeat(self._state())
+            for slot in self._wait():
+                yield from self._collect(slot, backlog)
+        if len(backlog):
+            reasons = [slot.retired for slot in self._slots if slot.retired]
+            raise ClusterError(f"{reasons[0]}; {len(backlog)} tasks are left, the same command goes on from there")
 
     # -- giving -----------------------------------------------------------------------------------------------------
 

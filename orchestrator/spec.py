@@ -24,6 +24,7 @@ from orchestrator.spec_models import (
     Latency,
     ModelEntry,
     Sampling,
+    SelectionMethod,
     Sweep,
 )
 from orchestrator.yaml_lines import Document, parse, read_text
@@ -245,8 +246,23 @@ def _tiers(crop_selection: dict[str, Any], levels: list[Any], document: Document
 
 
 def _block_selection(block_selection: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
-    if block_selection.get("method") == "importance" and block_selection.get("scores") is None:
+    method = block_selection.get("method", "prefix")
+    if method == "importance" and block_selection.get("scores") is None:
         yield ("block_selection", "method"), "importance reads block scores from a file, add scores: FILE"
+    if method not in get_args(SelectionMethod):
+        return
+    measures = method not in ("prefix", "importance")
+    used_by = {
+        "scores": method == "importance",
+        "dataset": measures,
+        "samples": measures,
+        "keep": method != "prefix",
+        "width": method == "beam",
+        "objective": method == "beam",
+    }
+    for key, used in used_by.items():
+        if block_selection.get(key) is not None and not used:
+            yield ("block_selection", key), f"is not used by method {method}; leave it out"
 
 
 def _sampling(sampling: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:

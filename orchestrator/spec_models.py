@@ -11,7 +11,7 @@ from knobs.vision import VISION_AXES
 from orchestrator.spec_errors import Problem
 from orchestrator.spec_values import (
     AlsoAllowed,
-    BlockIndices,
+    BlockPositions,
     BlockSetting,
     CountInt,
     Entries,
@@ -36,8 +36,13 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"]
 ExpertsImplementation = Literal["eager", "grouped_mm", "batched_mm"]
 Engine = Literal["eager", "graph"]
-SelectionMethod = Literal["prefix", "importance", "accuracy_drop", "nll", "activation", "similarity"]
+SelectionMethod = Literal["prefix", "importance", "accuracy_drop", "nll", "activation", "similarity", "beam"]
+Objective = Literal["accuracy", "nll"]
 Strategy = Literal["full", "balanced", "stratified", "boundary", "lhs"]
+
+
+# Samples that blocks are chosen on, where a sweep does not say.
+DEFAULT_SELECTION_SAMPLES = 100
 
 
 class Section(BaseModel):
@@ -182,11 +187,28 @@ class BlockSelection(Section):
     """How a number of active blocks becomes a list of blocks."""
 
     method: Annotated[SelectionMethod, one_of(SelectionMethod)] = Field(
-        "prefix", description="prefix: the first ones; the others rank blocks by how much the model loses without them."
+        "prefix",
+        description="prefix: the first ones; importance: by the scores in a file; accuracy_drop, nll, activation, "
+        "similarity: by scores that the sweep measures first; beam: the best set of a beam search.",
     )
-    scores: Text | None = Field(None, description="File of block scores; method importance reads it.")
-    samples: CountInt | None = Field(None, description="Number of samples to compute the scores on.")
-    keep: BlockIndices | None = Field(None, description="Indices of blocks that always run.")
+    scores: Text | None = Field(
+        None, description="File of block scores (Parquet or JSON) for method importance; {model} stands for the model."
+    )
+    dataset: Text | None = Field(None, description="Data set of this sweep to measure on; default: the first.")
+    samples: CountInt | None = Field(None, description="Number of its samples, the first ones drawn; default 100.")
+    keep: BlockPositions | None = Field(
+        None, description="Blocks that always run; -1 is the last. Default: the first and the last; []: none."
+    )
+    width: CountInt | None = Field(None, description="Block lists that each round of a beam search keeps; default 3.")
+    objective: Annotated[Objective | None, one_of(Objective)] = Field(
+        None, description="What a beam search maximises; default nll, the likelihood of the reference answers."
+    )
+
+    @property
+    def num_samples(self) -> int:
+        """Samples to measure on; 0 where nothing is measured."""
+        measures = self.method not in ("prefix", "importance")
+        return (self.samples or DEFAULT_SELECTION_SAMPLES) if measures else 0
 
 
 class Sampling(Section):

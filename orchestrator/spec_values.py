@@ -98,6 +98,15 @@ def block_indices(value: object) -> object:
     return tuple(value)
 
 
+def block_positions(value: object) -> object:
+    """Blocks that are named by index or, below 0, from the last; each once, perhaps none."""
+    if not isinstance(value, list) or any(isinstance(index, bool) or not isinstance(index, int) for index in value):
+        raise not_expected("a list of block indices such as [0, -1], where -1 is the last")
+    if len(set(value)) < len(value):
+        raise not_expected("a list of block indices, each once")
+    return tuple(value)
+
+
 def image_size(value: object) -> object:
     """Height and width in pixels, written with an x between them."""
     if not isinstance(value, str) or not re.fullmatch(r"[1-9][0-9]{0,5}x[1-9][0-9]{0,5}", value):
@@ -135,10 +144,10 @@ WorkerCount = Annotated[
 ImageSize = Annotated[
     str, BeforeValidator(image_size), WithJsonSchema({"type": "string", "pattern": "^[1-9][0-9]{0,5}x[1-9][0-9]{0,5}$"})
 ]
-BlockIndices = Annotated[
+BlockPositions = Annotated[
     tuple[int, ...],
-    BeforeValidator(block_indices),
-    WithJsonSchema({"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1, "uniqueItems": True}),
+    BeforeValidator(block_positions),
+    WithJsonSchema({"type": "array", "items": {"type": "integer"}, "uniqueItems": True}),
 ]
 BlockSetting = Annotated[
     int | tuple[int, ...],

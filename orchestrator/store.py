@@ -2,7 +2,7 @@
 
 results/<sweep>/
     sweep.json                                             what this folder is: name and versions
-    latency|accuracy/model=/accelerator=/dataset=/<task_id>.parquet
+    latency|accuracy|importance/model=/accelerator=/dataset=/<task_id>.parquet
     combinations/model=/accelerator=/dataset=/<combination_id>.parquet
     tasks/model=/accelerator=/dataset=/<task_id>.parquet   how each task ended
     set-aside/                                             files that could not be trusted
@@ -27,7 +27,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from workers.schema import PARTITIONS, SCHEMA_VERSION, TABLES, arrow_schema
+from workers.schema import PARTITIONS, SCHEMA_VERSION, TABLES, Kind, arrow_schema
 
 # What a results folder is resolved against inside a Ray job, whose own folder is a throw-away copy.
 ROOT_VARIABLE = "SWEEP_RESULTS_ROOT"
@@ -278,7 +278,7 @@ def read_table(root: Path, table: str) -> pd.DataFrame:
 def read_finished(root: Path, task_ids: Iterable[str]) -> tuple[set[str], set[str]]:
     """Which tasks are done and which failed, as the folder says, without opening it for writing."""
     wanted = set(task_ids)
-    done = wanted & {path.stem for table in ("latency", "accuracy") for path in _trusted(root, table)}
+    done = wanted & {path.stem for table in Kind for path in _trusted(root, table)}
     rest = [path for path in _trusted(root, "tasks") if path.stem in wanted - done]
     return done, {path.stem for path in rest if _failed(path)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -12,7 +13,16 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from orchestrator.analysis.validation import (
+    LEAST_GAIN,
+    MISMATCH_LIMITS,
+    validate_accuracy_benefits,
+    validate_distortion,
+    validate_token_utilization,
+)
+from orchestrator.block_choice import Question
 from orchestrator.plan import Plan
+from workers.probes import CPU
 from workers.schema import Kind
 
 # Wide enough for every column where there is no terminal to ask.
@@ -22,8 +32,27 @@ MOST_FAILURES_SHOWN = 10
 MOST_SAMPLES_SHOWN = 5
 
 
+def print_questions(questions: Sequence[Question]) -> None:
+    """What a run will measure before it can choose blocks; until then the plan is shown with the first ones."""
+    for question in questions:
+        tasks = _count(len(question.tasks(pd.DataFrame())), "task")
+        rounds = " in the first round" if question.search is not None else ""
+        print(
+            f"note: blocks are chosen first, {question} ({tasks}{rounds}); until then the first blocks stand in, and "
+            "what is done cannot be told"
+        )
+
+
 def print_plan(plan: Plan, accelerators: Collection[str], done: Collection[str], failed: Collection[str]) -> None:
     """Combinations, tasks, what is dropped or skipped and why, and what earlier runs have done."""
+    if not plan.combinations and plan.tasks and all(task.kind is Kind.IMPORTANCE for task in plan.tasks):
+        methods = ", ".join(dict.fromkeys(f"{task.model.name} by {task.method}" for task in plan.tasks))
+        lists = sum(len(task.candidates) for task in plan.tasks)
+        print(
+            f"choosing blocks: {methods}; {_count(len(plan.tasks), 'task')}, {lists} block lists; "
+            f"{len(done)} done, {len(failed)} failed before"
+        )
+        return
     per_model = Counter(combination.model.name for combination in plan.combinations)
     kinds = Counter(task.kind for task in plan.tasks)
     models = ", ".join(f"{name} {count}" for name, count in per_model.items())
@@ -40,6 +69,9 @@ def print_plan(plan: Plan, accelerators: Collection[str], done: Collection[str],
         print(f"dropped  {dropped}")
     for skip in plan.skips:
         print(f"skipped  {skip}")
+    on_a_cpu = [c for c in plan.combinations if c.accelerator == CPU]
+    for name in dict.fromkeys(c.model.name for c in on_a_cpu if c.model.engine == "graph"):
+        print(f"note     {name}: a CPU has no CUDA graphs, so on one it decodes by engine eager")
 
 
 def print_combinations(plan: Plan) -> None:
@@ -56,8 +88,7 @@ def print_combinations(plan: Plan) -> None:
 
 def print_results(rows: pd.DataFrame) -> None:
     """The table of knob combinations: accuracy with its standard error, medians of the stages, the mean total."""
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH_OF_LOGS)
-    several = [name for name in ("accelerator", "dataset") if rows[name].nunique() > 1]
+    several = [name for name in ("accelerator", "dataset", "engine") if rows[name].nunique() > 1]
     table = Table(header_style="bold", caption="times in ms; accuracy ± standard error", caption_justify="left")
     for name in ("model", *several, "vision knob"):
         table.add_column(name, overflow="fold")
@@ -74,12 +105,12 @@ def print_results(rows: pd.DataFrame) -> None:
     ):
         table.add_column(name, justify="right")
     order = ["model", *several, "total_ms_mean", "accuracy"]
+    fits_differ = _fits_differ(rows)
     for _, row in rows.sort_values(order, na_position="last").iterrows():
-        value = row["vision_knob"] if pd.isna(row["vision_value"]) else f"{row['vision_knob']} {row['vision_value']}"
         table.add_row(
             row["model"],
             *(row[name] for name in several),
-            value,
+            _vision_words(row, fits_differ),
             _number(row["moe_top_k"], 0),
             _number(row["num_active_blocks"], 0),
             _number(row["actual_vision_tokens_mean"], 0),
@@ -90,7 +121,60 @@ def print_results(rows: pd.DataFrame) -> None:
             _number(row["tpot_ms_p50"], 2),
             _with_error(row["total_ms_mean"], row["total_ms_ci95"], 1),
         )
-    console.print(table)
+    _console().print(table)
+
+
+def print_engines(rows: pd.DataFrame) -> None:
+    """A line per model and reason for which another engine decoded than the sweep asked for."""
+    others = rows[rows["engine_note"].notna()]
+    for (model, accelerator, engine, note), group in others.groupby(["model", "accelerator", "engine", "engine_note"]):
+        print(f"note     {model} on {accelerator}: engine {engine} in {_count(len(group), 'combination')}: {note}")
+
+
+def print_vision_checks(rows: pd.DataFrame) -> None:
+    """Whether the vision knob is sound on these images: distortion, use of tokens, and what each tier adds.
+
+    Args:
+        rows: see `Recorder.vision_rows`.
+    """
+    if rows.empty:
+        return
+    distortion, utilization = validate_distortion(rows), validate_token_utilization(rows)
+    limits = ", ".join(f"{name} < {limit}" for name, limit in MISMATCH_LIMITS.items())
+    caption = f"mean ... max: mismatch of aspect, want {limits} (! where not); tokens used: of those the tower makes"
+    table = Table(header_style="bold", caption=caption, caption_justify="left")
+    several = [name for name in ("model", "dataset") if distortion[name].nunique() > 1]
+    for name in (*several, "vision knob"):
+        table.add_column(name, overflow="fold")
+    measures = ("mean", "std", "p95", "p99", "max")
+    for name in ("images", *measures, "tokens used", "as predicted"):
+        table.add_column(name, justify="right")
+    fits_differ = _fits_differ(rows)
+    for (_, row), (_, used) in zip(distortion.iterrows(), utilization.iterrows(), strict=True):
+        cells = []
+        for measure in measures:
+            value = row[f"{measure}_mismatch"]
+            cells.append(_number(value, 2) + ("!" if value >= MISMATCH_LIMITS.get(measure, math.inf) else ""))
+        table.add_row(
+            *(row[name] for name in several),
+            _vision_words(row, fits_differ),
+            str(row["num_images"]),
+            *cells,
+            _number(used["mean_utilization"], 2),
+            "yes" if used["ok"] else f"no, {_number(used['mean_as_predicted'], 3)}",
+        )
+    if len(distortion):
+        _console().print(table)
+    steps = validate_accuracy_benefits(rows) if "score" in rows else pd.DataFrame()
+    for _, step in steps.iterrows():
+        options = ", ".join(_option_words(step, fits_differ))
+        gain = f"{100 * step['gain']:+.1f}" + ("" if pd.isna(step["gain_se"]) else f" ± {100 * step['gain_se']:.1f}")
+        verdict = "" if step["ok"] else f", not the {100 * LEAST_GAIN:.0f} wanted"
+        place = f"{step['model']} on {step['dataset']}" + (f" ({options})" if options else "")
+        print(
+            f"tiers    {place}: {step['from_tier']} to {step['to_tier']} {gain} points of accuracy "
+            f"(paired, {_count(step['num_samples'], 'sample')}, ± standard error){verdict}"
+        )
 
 
 def print_failures(failures: pd.DataFrame, failed_rows: int, failed_samples: pd.DataFrame) -> None:
@@ -144,6 +228,32 @@ def _ranges(indices: Sequence[int]) -> str:
             parts.append(str(first) if first == last else f"{first}-{last}")
             begin = i
     return ", ".join(parts)
+
+
+def _console() -> Console:
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH_OF_LOGS)
+
+
+def _vision_words(row: pd.Series, fits_differ: bool) -> str:
+    """The vision setting of a row, with the options that are not what the family does anyway."""
+    level = row["vision_knob"] if pd.isna(row["vision_value"]) else f"{row['vision_knob']} {row['vision_value']}"
+    return ", ".join([level, *_option_words(row, fits_differ)])
+
+
+def _option_words(row: pd.Series, fits_differ: bool) -> list[str]:
+    words = []
+    if row["force_full_tokens"] is True:
+        words.append("full tokens")
+    if row["aspect_distance"] == "log":
+        words.append("log")
+    if fits_differ and not pd.isna(row["resize_to_fill"]):
+        words.append("fill" if row["resize_to_fill"] else "letterbox")
+    return words
+
+
+def _fits_differ(rows: pd.DataFrame) -> bool:
+    """Whether rows of one model differ in how images are laid on the canvas."""
+    return bool((rows.groupby(["model", "vision_knob"])["resize_to_fill"].nunique(dropna=False) > 1).any())
 
 
 def _number(value: Any, digits: int) -> str:

@@ -28,6 +28,9 @@ MODEL = ModelSource(
     experts="grouped_mm",
     engine="eager",
 )
+# What a combination is made of; importance comes before there are any.
+OF_COMBINATIONS = (Kind.LATENCY, Kind.ACCURACY)
+
 KNOBS = Knobs(VisionSetting("longest_edge", 64), 2, (0, 1, 2, 3))
 DATASET = DatasetSource(
     name="questions",
@@ -87,6 +90,7 @@ def row(of: Task, ref: SampleRef, **changes: Any) -> dict[str, Any]:
         "attention": of.model.attention,
         "experts": of.model.experts,
         "engine": of.model.engine,
+        "engine_note": None,
         "schema_version": 1,
         **knob_columns(of.knobs),
         "sample_id": ref.uid,

@@ -227,6 +227,24 @@ def test_the_canvas_is_laid_where_the_arithmetic_says(fit: bool) -> None:
         assert np.abs(made - expected).mean() < 1.5, size
 
 
+def test_a_checkpoint_that_does_not_cut_is_cut_under_a_knob_only() -> None:
+    family, card = REGISTERED["tiny-smolvlm"].family, describe("tiny-smolvlm")
+    assert family == card.family.name
+    whole = {**card.preprocessor, "do_image_splitting": False}
+    geometry = card.family.geometry(card.config, whole)
+    assert isinstance(geometry, CropGridGeometry)
+    tokenizer = tiny_model("tiny-smolvlm").processor
+    assert tokenizer is not None
+    processor = card.family.processor(tokenizer.tokenizer, card.config, whole)
+    for setting in (VisionSetting(), VisionSetting("longest_edge", 96), VisionSetting("crops", 2)):
+        layout = geometry.layout(90, 60, setting)
+        assert processor([picture(90, 60)], "", setting).num_crops == layout.num_crops
+        pinned = geometry.pinned(setting)
+        assert pinned is None or pinned.num_crops == layout.num_crops
+    assert geometry.layout(90, 60, VisionSetting()).num_crops == 1
+    assert geometry.layout(90, 60, VisionSetting("longest_edge", 96)).num_crops == 6
+
+
 def test_several_images_of_different_tilings_stand_in_one_prompt() -> None:
     for name in TINY_CROPS:
         vlm = tiny_model(name)

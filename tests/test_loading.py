@@ -302,7 +302,7 @@ def test_an_unknown_name_suggests_the_nearest() -> None:
     names = ", ".join(sorted(REGISTERED))
     expected = f"(registered: {names}; or a folder, or a hub id a/b)"
     assert refusal("smolvlm2-2.2") == f"unknown model 'smolvlm2-2.2', did you mean smolvlm2-2.2b? {expected}"
-    assert refusal("zzz") == f"unknown model 'zzz', {expected}"
+    assert refusal("zzz") == f"unknown model 'zzz' {expected}"
 
 
 def test_no_configuration(damaged: Path) -> None:

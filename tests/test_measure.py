@@ -11,11 +11,13 @@ import pytest
 import torch
 from PIL import Image
 from tiny import NATIVE, generated, picture, tiny_model
+from transformers.cache_utils import DynamicCache
 
 from knobs.vision import VisionSetting
 from workers.errors import SampleError
 from workers.measure import Clock, Timing, time_answer
-from workers.models.adapter import DecodeState, Features, VisionLanguageModel
+from workers.models.adapter import Features, VisionLanguageModel
+from workers.models.engines import DecodeState, EagerEngine, EngineUse
 from workers.models.processing import Inputs, Tensors
 from workers.schema import STAGES
 
@@ -87,6 +89,7 @@ class Planted:
     """Has the stages of a `VisionLanguageModel`; each takes the milliseconds that are planted in it."""
 
     device = torch.device("cpu")
+    engine = EagerEngine(None)
 
     def __init__(self, **planted_ms: float) -> None:
         self.planted_ms = planted_ms
@@ -111,9 +114,11 @@ class Planted:
         self._spend("projector_ms")
         return {}
 
-    def prefill(self, prompt: Tensors, vision: Tensors, features: Features) -> tuple[torch.Tensor, DecodeState]:
+    def prefill(
+        self, prompt: Tensors, vision: Tensors, features: Features, max_new_tokens: int
+    ) -> tuple[torch.Tensor, DecodeState]:
         self._spend("prefill_ms")
-        return torch.tensor([[1]]), DecodeState(_NoCache(), torch.ones(1, 1), torch.ones(1, 1))
+        return torch.tensor([[1]]), _NoState()
 
     def decode_step(self, token: torch.Tensor, state: DecodeState) -> torch.Tensor:
         self.steps += 1
@@ -123,8 +128,14 @@ class Planted:
         return token
 
 
-class _NoCache:
-    layers: tuple[object, ...] = ()
+class _NoState(DecodeState):
+    cache = DynamicCache()
+    use = EngineUse("eager")
+
+    def begin(self, attention_mask: torch.Tensor, position_ids: torch.Tensor) -> None: ...
+
+    def step(self, token: torch.Tensor) -> torch.Tensor:
+        return token
 
 
 @pytest.mark.parametrize("stage", STAGES)

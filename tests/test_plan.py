@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from handmade import DATASET, KNOBS, MODEL, SCORED, TIMED, planned_dataset, samples, task
+from handmade import DATASET, KNOBS, MODEL, OF_COMBINATIONS, SCORED, TIMED, planned_dataset, samples, task
 from PIL import Image
 
+from knobs.tiling import TIERS, Tier
 from knobs.vision import VisionSetting
 from orchestrator.plan import (
     SAMPLES_PER_ACCURACY_TASK,
@@ -117,6 +119,59 @@ def test_reasons_name_what_the_model_has(knobs: str, reason: str) -> None:
     assert [skip.reason for skip in points.skips] == [reason]
 
 
+def test_a_tier_goes_into_the_identity_by_what_it_means() -> None:
+    """A tier of the sweep's own beside a built-in one; the same name with another range is another combination."""
+    tiers = "{tiers: [{name: small, min_crops: 1, max_crops: 2, preferred_crops: [1, 2]}], aspect_distance: log}"
+    molmoe = describe("tiny-molmoe")
+    points = expand(sweep("{tier: [small, low]}", crop_selection=tiers), molmoe)
+    small, low = (knobs.vision for knobs in points.knobs)
+    assert small.tier == Tier("small", 1, 2, (1, 2))
+    assert low.tier == TIERS["low"]
+    assert small.aspect_distance == low.aspect_distance == "log"
+    redefined = "{tiers: [{name: low, min_crops: 1, max_crops: 2, preferred_crops: [1, 2], mismatch_threshold: 0.5}]}"
+    (other,) = expand(sweep("{tier: [low]}", crop_selection=redefined), molmoe).knobs
+    assert other.vision.tier == Tier("low", 1, 2, (1, 2), 0.5)
+    ids = {combination_id(knobs=replace(KNOBS, vision=vision)) for vision in (low, other.vision, small)}
+    assert len(ids) == 3
+
+
+def test_options_are_axes_where_a_family_has_them_and_what_it_does_anyway_is_measured_once() -> None:
+    axes = "{crops: [2], force_full_tokens: [true, false], resize_to_fill: [true, false]}"
+    molmoe = expand(sweep(axes), describe("tiny-molmoe"))
+    assert {(k.vision.force_full_tokens, k.vision.resize_to_fill) for k in molmoe.knobs} == set(
+        itertools.product([True, False], repeat=2)
+    )
+    internvl = expand(sweep(axes), describe("tiny-internvl"))
+    assert [(k.vision.force_full_tokens, k.vision.resize_to_fill) for k in internvl.knobs] == [
+        (None, False),
+        (None, True),
+    ]
+    assert [dropped.axis for dropped in internvl.dropped] == ["force_full_tokens"]
+    # Written out or left out, the family's own way is the same combination.
+    said = expand(sweep("{crops: [2], force_full_tokens: [false], resize_to_fill: [true]}"), describe("tiny-molmoe"))
+    assert said.knobs == expand(sweep("{crops: [2]}"), describe("tiny-molmoe")).knobs
+    # A distance that chooses nothing is not part of what is measured.
+    distance = "{aspect_distance: log}"
+    sized = "{image_size: [560x336]}"
+    assert (
+        expand(sweep(sized, crop_selection=distance), describe("tiny-molmoe")).knobs
+        == expand(sweep(sized), describe("tiny-molmoe")).knobs
+    )
+
+
+def test_every_axis_works_on_every_family_of_crops_and_what_has_no_grid_is_skipped() -> None:
+    spec = sweep("{crops: [1, 6, 13]}", models="tiny-molmoe, tiny-internvl, tiny-smolvlm")
+    plan = plan_of(spec)
+    assert {(c.model.name, c.knobs.vision.value) for c in plan.combinations} == {
+        *(("tiny-molmoe", crops) for crops in (1, 6, 13)),
+        *(("tiny-internvl", crops) for crops in (1, 6, 13)),
+        *(("tiny-smolvlm", crops) for crops in (1, 6)),
+    }
+    assert [str(skip) for skip in plan.skips] == [
+        "tiny-smolvlm: crops=13: no grid of 13 crops has at most 12 rows and columns"
+    ]
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_strategies_choose_among_the_axes_that_are_left(strategy: str) -> None:
     draw = "{strategy: lhs, n: 4, seed: 7}" if strategy == "lhs" else f"{{strategy: {strategy}}}"
@@ -188,7 +243,7 @@ def test_a_combination_knows_what_is_promised_where_every_image_gets_the_same() 
 GOLDEN = {Kind.LATENCY: "daa584a0a93a1295b884759aaad5b75a", Kind.ACCURACY: "6e55c149aa79b906a0bada1c865fa448"}
 
 
-@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize("kind", OF_COMBINATIONS)
 def test_golden_ids(kind: Kind) -> None:
     assert task(kind).task_id == GOLDEN[kind]
 
@@ -228,7 +283,7 @@ REF = samples(1)[0]
     ],
     ids=repr,
 )
-@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize("kind", OF_COMBINATIONS)
 def test_whatever_decides_a_result_changes_the_id(kind: Kind, change: dict[str, Any]) -> None:
     protocol = TIMED if kind is Kind.LATENCY else SCORED
     ((key, value),) = change.items()
@@ -259,13 +314,14 @@ def test_what_decides_only_times_or_only_scores_changes_the_ids_of_those() -> No
         {"task_id": "anything"},
         {"combination_id": "anything"},
         {"model": replace(MODEL, place="/elsewhere/small")},
+        {"model": replace(MODEL, moe_renormalization="renormalized")},
         {"dataset": replace(DATASET, path="/elsewhere/questions.parquet")},
         {"dataset": replace(DATASET, path=None, hub_id="somebody/questions", config="all", revision="main")},
         {"dataset": replace(DATASET, columns=Columns(image="picture", question="q", answers="a", id="key"))},
     ],
     ids=repr,
 )
-@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize("kind", OF_COMBINATIONS)
 def test_what_decides_no_result_leaves_the_id(kind: Kind, change: dict[str, Any]) -> None:
     assert task(kind, **change).task_id == task(kind).task_id
 
@@ -343,13 +399,14 @@ def test_nothing_that_travels_with_a_task_was_forgotten_by_the_tests_above() -> 
     assert names == {
         "ModelSource": {
             *("name", "family", "place", "revision", "weights", "fingerprint"),
-            *("dtype", "attention", "experts", "engine"),
+            *("dtype", "attention", "experts", "engine", "moe_renormalization"),
         },
         "Knobs": {"vision", "moe_top_k", "active_blocks"},
         "Protocol": {"max_new_tokens", "batch_size", "repeats", "warmup", "metric"},
         "Task": {
             *("task_id", "combination_id", "kind", "sweep", "accelerator"),
             *("model", "knobs", "dataset", "samples", "protocol"),
+            *("method", "candidates"),  # of importance tasks; see test_block_choice
         },
     }
     assert {field.name for field in fields(DatasetSource)} == {

@@ -20,9 +20,9 @@ README = (REPOSITORY / "README.md").read_text()
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
-def blocks(language: str) -> list[str]:
-    """Fenced blocks of the README in one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    """Fenced blocks of a page, the README by default, in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def commands() -> list[str]:
@@ -31,7 +31,7 @@ def commands() -> list[str]:
     return [command for line in lines if (command := line.split("  #")[0].strip())]
 
 
-@pytest.mark.parametrize("text", blocks("yaml"))
+@pytest.mark.parametrize("text", [text for page in PAGES for text in blocks("yaml", page.read_text())])
 def test_every_sweep_shown_is_a_sweep(text: str) -> None:
     assert parse_sweep(text).models
 
@@ -58,6 +58,34 @@ def test_every_option_shown_exists(capsys: pytest.CaptureFixture[str]) -> None:
     assert runs
     for shown in runs:
         assert set(re.findall(r"--[a-z-]+", shown)) <= known, shown
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if "-m knobs." in c])
+def test_every_command_about_images_works(command: str, tmp_path: Path) -> None:
+    arguments = shlex.split(command)[1:]
+    if "knobs.preview" in command:
+        arguments += ["--out", str(tmp_path / "preview.png")]
+    ran = subprocess.run([sys.executable, *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout
+
+
+@pytest.mark.parametrize(
+    "shown", [block for page in PAGES for block in blocks("console", page.read_text())], ids=lambda text: text[:70]
+)
+def test_what_a_page_shows_is_what_the_command_prints(shown: str) -> None:
+    command, _, expected = shown.partition("\n")
+    arguments = shlex.split(command.removeprefix("$ python "))
+    ran = subprocess.run([sys.executable, *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert ran.stdout == expected
+
+
+def test_the_validation_shown_works_on_a_result_folder(small_results: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_results, tmp_path / "results" / "demo")
+    (shown,) = blocks("python", (REPOSITORY / "docs" / "vision-knob.md").read_text())
+    ran = subprocess.run([sys.executable, "-c", shown], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "mean_mismatch" in ran.stdout
 
 
 def test_the_pandas_lines_work_on_a_result_folder(small_results: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from handmade import STARTED, planned_dataset, rows_of
+from handmade import OF_COMBINATIONS, STARTED, planned_dataset, rows_of
 
 from orchestrator.plan import SAMPLES_PER_ACCURACY_TASK, Plan, make_plan
 from orchestrator.record import Recorder
@@ -267,7 +267,7 @@ def test_samples_of_a_failed_task_are_counted_not_averaged_away(start: Any) -> N
 
 def test_a_combination_of_which_nothing_is_left_has_no_row_but_its_tasks_have(start: Any) -> None:
     run: Run = start()
-    for kind in Kind:
+    for kind in OF_COMBINATIONS:
         run.fail(run.task(kind), attempts=3)
     assert run.combinations().empty
     failures = run.recorder.failures()
@@ -447,7 +447,7 @@ def spoil(root: Path, table: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("lost", ["tasks", "combinations"])
-@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize("kind", OF_COMBINATIONS)
 def test_a_part_that_is_damaged_in_the_middle_is_run_again(start: Any, lost: str, kind: Kind) -> None:
     run: Run = start()
     run.all_done()

@@ -249,7 +249,6 @@ def test_everything_that_is_not_available_yet_is_refused_at_once() -> None:
         "  - tiny-smolvlm\n"
         "  - {name: tiny-internvl, engine: graph}\n"
         "datasets: [demo]\n"
-        "block_selection: {method: importance, scores: scores.parquet}\n"
         "latency:\n"
         "  batch_size: 2\n"
         "  max_relative_error: 0.02\n"
@@ -257,27 +256,9 @@ def test_everything_that_is_not_available_yet_is_refused_at_once() -> None:
         "sweep.yaml",
     )
     assert refused(refuse_unavailable, sweep) == [
-        "sweep.yaml:4: models[1].engine: graph is not available yet (available: eager)",
-        "sweep.yaml:6: block_selection.method: importance is not available yet (available: prefix)",
-        "sweep.yaml:8: latency.batch_size: only 1 is available yet",
-        "sweep.yaml:9: latency.max_relative_error: is not available yet, every sample gets all repeats",
-        "sweep.yaml:10: results: only local folders are available yet",
-    ]
-
-
-@pytest.mark.parametrize("method", ["accuracy_drop", "nll", "activation", "similarity"])
-def test_methods_that_rank_blocks_are_refused(tmp_path: Path, method: str) -> None:
-    sweep = written(tmp_path, more=f"block_selection: {{method: {method}, samples: 10}}")
-    assert refused(refuse_unavailable, sweep) == [
-        f"{tmp_path}/sweep.yaml:4: block_selection.method: {method} is not available yet (available: prefix)"
-    ]
-
-
-@pytest.mark.parametrize("key", ["keep: [0]", "samples: 4", "scores: a.parquet"])
-def test_what_the_first_blocks_would_ignore_is_refused(tmp_path: Path, key: str) -> None:
-    name = key.split(":")[0]
-    assert refused(refuse_unavailable, written(tmp_path, more=f"block_selection: {{{key}}}")) == [
-        f"{tmp_path}/sweep.yaml:4: block_selection.{name}: is not used by method prefix; leave it out"
+        "sweep.yaml:7: latency.batch_size: only 1 is available yet",
+        "sweep.yaml:8: latency.max_relative_error: is not available yet, every sample gets all repeats",
+        "sweep.yaml:9: results: only local folders are available yet",
     ]
 
 

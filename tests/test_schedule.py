@@ -70,7 +70,8 @@ def tasks(*names: str, **changes: Any) -> list[Task]:
 
 
 def run(pools: Sequence[Pool], *given: Task, **options: Any) -> dict[str, Outcome]:
-    outcomes = list(Scheduler(pools, lambda: False, **options).run(given))
+    with Scheduler(pools, lambda: False) as scheduler:
+        outcomes = list(scheduler.run(given, **options))
     assert Counter(o.task.task_id for o in outcomes) == Counter(t.task_id for t in given), "each exactly once"
     return {o.task.task_id: o for o in outcomes}
 
@@ -110,8 +111,12 @@ def test_a_kind_of_device_that_is_lost_does_not_stop_the_others(
     given = [replace(task, accelerator="cpu") for task in tasks("sick-1", "sick-2", "sick-3", "sick-4")]
     given += tasks("slow-a", "slow-b", "slow-c")
     ended: list[Outcome] = []
-    with pytest.raises(ClusterError, match=r"cpu-0 lost its device 3 times in a row.*; \d tasks are left, the same"):
-        ended.extend(Scheduler([Pool("cpu", 1, 1), Pool("H100", 1, 1)], lambda: False).run(given))
+    lost = r"cpu-0 lost its device 3 times in a row.*; \d tasks are left, the same"
+    with (
+        pytest.raises(ClusterError, match=lost),
+        Scheduler([Pool("cpu", 1, 1), Pool("H100", 1, 1)], lambda: False) as scheduler,
+    ):
+        ended.extend(scheduler.run(given))
     done = {o.task.task_id for o in ended if o.result.status is Status.DONE}
     assert done == {"slow-a", "slow-b", "slow-c"}
 
@@ -148,7 +153,18 @@ def test_the_heartbeat_says_what_the_workers_do(connected: None) -> None:
 def test_an_interruption_dispatches_nothing_more(connected: None) -> None:
     stop: list[bool] = []
     outcomes = []
-    for outcome in Scheduler(ONE, lambda: bool(stop)).run(tasks(*[f"slow-{i}" for i in range(20)])):
-        outcomes.append(outcome)
-        stop.append(True)
+    with Scheduler(ONE, lambda: bool(stop)) as scheduler:
+        for outcome in scheduler.run(tasks(*[f"slow-{i}" for i in range(20)])):
+            outcomes.append(outcome)
+            stop.append(True)
     assert 1 <= len(outcomes) < 20
+
+
+def test_workers_stay_for_the_tasks_that_come_next(connected: None) -> None:
+    with Scheduler(ONE, lambda: False) as scheduler:
+        (slot,) = scheduler._slots
+        first = [outcome.task.task_id for outcome in scheduler.run(tasks("a", "b"))]
+        second = [outcome.task.task_id for outcome in scheduler.run(tasks("c", "d"))]
+        assert (first, second, slot.starts) == (["a", "b"], ["c", "d"], 1)
+        assert slot.actor is not None
+    assert slot.actor is None

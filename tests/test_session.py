@@ -13,15 +13,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
 from checkpoints import save
+from handmade import OF_COMBINATIONS
 from tiny import TINY, picture, tiny_model
 
 from knobs.errors import KnobError
 from knobs.experts import routers
 from knobs.vision import VisionSetting
+from orchestrator.analysis import aggregate
 from workers.datasets import Dataset, DatasetSource, resolve_source
 from workers.errors import DatasetError, DeviceError, ModelError, RowMismatch, SampleError
 from workers.models import describe, loading
@@ -190,7 +193,7 @@ def test_latency_rows(session: Session, sources: dict[str, ModelSource], name: s
     assert_no_knob_is_switched(session)
 
 
-@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize("kind", OF_COMBINATIONS)
 def test_rows_say_what_decides_the_time_on_the_host(
     sources: dict[str, ModelSource], awkward: DatasetSource, kind: Kind
 ) -> None:
@@ -254,6 +257,59 @@ def test_an_answer_that_ends_by_itself(session: Session, sources: dict[str, Mode
     assert ended["output_tokens"] <= 2
 
 
+FULL = VisionSetting("tier", "low", force_full_tokens=True)
+
+
+def test_full_tokens_stand_in_the_prompt(session: Session, sources: dict[str, ModelSource]) -> None:
+    source = sources["tiny-molmoe"]
+    for kind in (Kind.LATENCY, Kind.ACCURACY):
+        for setting in (FULL, replace(FULL, force_full_tokens=False)):
+            vision = describe(source.place).geometry.complete(setting)
+            for row in rows_of(session, task_for(source, kind, vision=vision, samples=3)):
+                assert row["actual_vision_tokens"] == row["predicted_vision_tokens"] > 0
+                assert row["tower_passes"] == row["selected_crops"] + 1
+                assert row["theoretical_vision_tokens"] == 144 * row["tower_passes"]
+                full = row["actual_vision_tokens"] == row["theoretical_vision_tokens"]
+                assert full or not setting.force_full_tokens
+                assert (row["valid"], row["invalid_reasons"]) == (True, [])
+                assert (row["tier"], row["aspect_distance"], row["resize_to_fill"]) == ("low", "linear", True)
+                rows, columns = map(int, row["selected_tiling"].split("x"))
+                assert rows * columns == row["selected_crops"]
+                height, width = map(int, row["target_resolution"].split("x"))
+                assert row["target_aspect"] == width / height
+
+
+def test_tokens_that_are_missing_make_a_row_invalid(
+    session: Session, sources: dict[str, ModelSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A processor that drops the shared tokens although all were promised: measured, shown, and not counted."""
+    source = sources["tiny-molmoe"]
+    rows_of(session, task_for(source, samples=1))
+    vlm = model_of(session)
+    processor = vlm.processor
+
+    class Forgetful:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(processor, name)
+
+        def __call__(self, images: Any, question: str, setting: VisionSetting) -> Any:
+            assert processor is not None
+            return processor(images, question, replace(setting, force_full_tokens=False))
+
+    monkeypatch.setattr(vlm, "processor", Forgetful())
+    crops = VisionSetting("crops", 2, force_full_tokens=True)
+    for kind in (Kind.LATENCY, Kind.ACCURACY):
+        rows = rows_of(session, task_for(source, kind, vision=crops, samples=2))
+        assert {(row["status"], row["valid"], *row["invalid_reasons"]) for row in rows} == {
+            ("done", False, "token_mismatch")
+        }
+        assert {(row["actual_vision_tokens"], row["theoretical_vision_tokens"]) for row in rows} == {(384, 432)}
+    frame = pd.DataFrame(rows)
+    found = aggregate(pd.DataFrame(columns=frame.columns), frame)
+    assert "accuracy" not in found
+    assert found["num_invalid"] == 2
+
+
 # -- samples that fail ------------------------------------------------------------------------------------------------
 
 
@@ -285,7 +341,7 @@ def test_every_sample_may_fail(session: Session, sources: dict[str, ModelSource]
     data = awkward_data(tmp_path)
     for file in tmp_path.glob("*.png"):
         file.write_bytes(b"not an image")
-    for kind in Kind:
+    for kind in (Kind.LATENCY, Kind.ACCURACY):
         rows = rows_of(session, task_for(sources["tiny-smolvlm"], kind, data=data, samples=4))
         assert [row["status"] for row in rows] == ["failed"] * 4
 
@@ -300,7 +356,7 @@ def test_families_that_squash_take_the_narrow_image(
 # -- tasks that fail --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize("kind", OF_COMBINATIONS)
 def test_a_row_that_changed_after_planning(
     session: Session, sources: dict[str, ModelSource], tmp_path: Path, kind: Kind
 ) -> None:
@@ -349,7 +405,7 @@ def test_a_model_that_cannot_be_loaded(session: Session, sources: dict[str, Mode
         ),
     ],
 )
-@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize("kind", OF_COMBINATIONS)
 def test_a_knob_that_the_model_cannot_take(
     session: Session, sources: dict[str, ModelSource], knobs: dict[str, Any], reason: str, kind: Kind
 ) -> None:

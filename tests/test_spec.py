@@ -133,6 +133,39 @@ MISTAKES_BELOW_THE_HEAD = [
         "4: knobs.tier[0]: must be one of low, medium, high, got 'lo', did you mean low?",
     ),
     (
+        "knobs: {tier: [tiny]}\ncrop_selection: {tiers: [{name: small, min_crops: 1, max_crops: 2, "
+        "preferred_crops: [2]}]}",
+        "4: knobs.tier[0]: must be one of low, medium, high, small, got 'tiny', or define it under "
+        "crop_selection.tiers",
+    ),
+    (
+        "crop_selection: {aspect_distance: logarithmic}",
+        "4: crop_selection.aspect_distance: must be one of linear, log, got 'logarithmic'",
+    ),
+    (
+        "crop_selection: {tiers: [{name: small, min_crops: 3, max_crops: 2, preferred_crops: [2]}]}",
+        "4: crop_selection.tiers[0].max_crops: must be at least min_crops, 3, got 2",
+    ),
+    (
+        "crop_selection: {tiers: [{name: small, min_crops: 1, max_crops: 2, preferred_crops: [2, 4]}]}",
+        "4: crop_selection.tiers[0].preferred_crops[1]: must be 1 to 2, got 4",
+    ),
+    (
+        "crop_selection: {tiers: [{name: small, min_crops: 1, max_crops: 2, preferred_crops: []}]}",
+        "4: crop_selection.tiers[0].preferred_crops: must not be an empty list, name at least one value or leave the "
+        "key out",
+    ),
+    (
+        "crop_selection:\n  tiers:\n  - {name: a, min_crops: 1, max_crops: 2, preferred_crops: [2]}\n"
+        "  - {name: a, min_crops: 1, max_crops: 3, preferred_crops: [2]}",
+        "7: crop_selection.tiers[1]: the tier a is defined twice, first on line 6",
+    ),
+    (
+        "crop_selection: {tiers: [{name: small, min_crops: 1, max_crops: 1, preferred_crops: [1], min_crop: 1}]}",
+        "4: crop_selection.tiers[0].min_crop: unknown key, did you mean min_crops? (allowed: name, min_crops, "
+        "max_crops, preferred_crops, mismatch_threshold)",
+    ),
+    (
         "knobs:\n  image_size: [560x336]\n  moe_top_k: [4]\n  tiles: [4]\n  crops: [4]",
         "7: knobs.tiles: a sweep has at most one vision axis, "
         "found image_size (line 5), tiles (line 7), crops (line 8)",
@@ -170,8 +203,8 @@ MISTAKES_BELOW_THE_HEAD = [
         "4: knobs.active_blocks[2]: [0, 1] is listed twice, first on line 4",
     ),
     (
-        "block_selection: {keep: [1, 0]}",
-        "4: block_selection.keep: must be a list of block indices in ascending order, each once, got [1, 0]",
+        "block_selection: {method: nll, keep: [1, 1]}",
+        "4: block_selection.keep: must be a list of block indices, each once, got [1, 1]",
     ),
     (
         "block_selection: {method: importance}",
@@ -180,7 +213,28 @@ MISTAKES_BELOW_THE_HEAD = [
     (
         "block_selection: {method: accuracy}",
         "4: block_selection.method: must be one of prefix, importance, accuracy_drop, nll, activation, similarity, "
-        "got 'accuracy', did you mean accuracy_drop?",
+        "beam, got 'accuracy', did you mean accuracy_drop?",
+    ),
+    ("block_selection: {keep: [0]}", "4: block_selection.keep: is not used by method prefix; leave it out"),
+    (
+        "block_selection: {method: importance, scores: a.json, samples: 4}",
+        "4: block_selection.samples: is not used by method importance; leave it out",
+    ),
+    (
+        "block_selection: {method: nll, scores: a.json}",
+        "4: block_selection.scores: is not used by method nll; leave it out",
+    ),
+    (
+        "block_selection: {method: nll, width: 3}",
+        "4: block_selection.width: is not used by method nll; leave it out",
+    ),
+    (
+        "block_selection: {method: beam, objective: speed}",
+        "4: block_selection.objective: must be one of accuracy, nll, got 'speed'",
+    ),
+    (
+        "block_selection: {method: nll, keep: all}",
+        "4: block_selection.keep: must be a list of block indices such as [0, -1], where -1 is the last, got 'all'",
     ),
     # sampling
     (

@@ -20,10 +20,14 @@ PROTOCOL_VERSION = 1
 
 
 class Kind(StrEnum):
-    """What a task does with a combination; the value is also the name of the table its rows go to."""
+    """What a task does; the value is also the name of the table its rows go to.
+
+    Latency and accuracy belong to a combination; importance says what block lists are worth, before there are any.
+    """
 
     LATENCY = "latency"
     ACCURACY = "accuracy"
+    IMPORTANCE = "importance"
 
 
 class Status(StrEnum):
@@ -58,7 +62,9 @@ class ModelSource:
         revision: hub commit; None for local files (see `fingerprint`) and random weights.
         weights: `checkpoint` or `random`.
         fingerprint: digest of the weights and every file that decides what the model computes.
-        dtype, attention, experts, engine: how it runs; `experts` is None for a dense model.
+        dtype, attention, experts, engine: how it runs; `experts` is None for a dense model, and where it has no choice.
+        moe_renormalization: what its routers do with the weights of the experts they choose (see `knobs.routing`); None
+            for a dense model. Follows from the configuration, so it is not part of the identity.
     """
 
     name: str
@@ -71,6 +77,7 @@ class ModelSource:
     attention: str
     experts: str | None
     engine: str
+    moe_renormalization: str | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,10 @@ class Protocol:
 class Task:
     """The unit of scheduling: one combination, one data set, one way to run it, a batch of samples.
 
-    `accelerator` is the kind of device whose time is wanted; None is any, for what does not depend on the device.
+    Attributes:
+        accelerator: the kind of device whose time is wanted; None is any, for what does not depend on the device.
+        method: what is measured, a value of `knobs.importance.Method` (importance only).
+        candidates: block lists whose worth is measured (importance only).
     """
 
     task_id: str
@@ -118,6 +128,8 @@ class Task:
     dataset: DatasetSource
     samples: tuple[SampleRef, ...]
     protocol: Protocol
+    method: str | None = None
+    candidates: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -168,8 +180,22 @@ _IDENTITY = (
     Column("split", _STRING, "", "split of the data set"),
     Column("dtype", _STRING, "", "data type of the weights"),
     Column("attention", _STRING, "", "attention back-end"),
-    Column("experts", _STRING, "", "expert back-end; null for a dense model"),
-    Column("engine", _STRING, "", "eager, or graph for a captured decode step"),
+    Column("experts", _STRING, "", "expert back-end; null for a dense model, and for a family that has but one"),
+    Column(
+        "moe_renormalization",
+        _STRING,
+        "",
+        "renormalized: the weights of the chosen experts add up to 1 for every moe_top_k; not renormalized: each keeps "
+        "the router's own score, so that fewer experts weigh less in sum; renormalized with shared experts: those add "
+        "up to 1 together with the shared ones; a constant factor may follow; null for a dense model",
+    ),
+    Column(
+        "engine",
+        _STRING,
+        "",
+        "what decoded: eager, or graph for a captured step that is replayed; of a failed row, what was to",
+    ),
+    Column("engine_note", _STRING, "", "why engine is not what the sweep asked for; null if it is"),
     Column("schema_version", pa.int32(), "", "version of these columns"),
 )
 
@@ -253,7 +279,13 @@ LATENCY_COLUMNS = (
     Column("total_ms", _FLOAT, "ms", "start of preprocess -> last token chosen"),
     Column("residual_ms", _FLOAT, "ms", "total_ms minus all stages"),
     Column("peak_memory_bytes", _INT, "byte", "peak device memory allocated while the row ran; null on a CPU"),
-    Column("kv_cache_bytes", _INT, "byte", "keys and values held at the end of decoding"),
+    Column(
+        "kv_cache_bytes",
+        _INT,
+        "byte",
+        "keys and values at the end of decoding: of all tokens with engine eager; with graph the room made for them, "
+        "a multiple of 128 tokens",
+    ),
     Column("valid", _BOOL, "", "false if something disturbed the measurement"),
     Column(
         "invalid_reasons",
@@ -276,11 +308,32 @@ ACCURACY_COLUMNS = (
     Column("invalid_reasons", pa.list_(_STRING), "", "why it does not: failed, or token_mismatch"),
 )
 
+IMPORTANCE_COLUMNS = (
+    Column("task_id", _STRING, "", "the task that made this row"),
+    Column("sweep", _STRING, "", "name of the sweep that ran it"),
+    Column("method", _STRING, "", "accuracy_drop, nll, activation or similarity"),
+    Column("sample_id", _STRING, "", "stable id of the sample"),
+    Column("image_id", _STRING, "", "image of the sample"),
+    Column("blocks", pa.list_(_INT), "", "blocks that ran; for activation and similarity the one that is measured"),
+    Column(
+        "value",
+        _FLOAT,
+        "",
+        "accuracy_drop: score of the answer, 0 to 1; nll: log-likelihood of the reference answer in nats; activation: "
+        "|out - in| / |out|, similarity: 1 - cosine, means over the tokens of the prompt",
+    ),
+    Column("status", _STRING, "", "done or failed"),
+    Column("error", _STRING, "", "why a failed row failed"),
+    Column("worker", _STRING, "", "worker that ran it"),
+    Column("device_name", _STRING, "", "device as its driver names it"),
+    Column("started_at", _TIME, "", "wall clock at the start of its batch"),
+)
+
 TASK_COLUMNS = (
     Column("task_id", _STRING, "", "digest of everything that decides the result"),
     Column("combination_id", _STRING, "", "combination the task belongs to"),
     Column("sweep", _STRING, "", "name of the sweep that ran it"),
-    Column("kind", _STRING, "", "latency or accuracy; null for a combination that was skipped as a whole"),
+    Column("kind", _STRING, "", "latency, accuracy or importance; null for a combination that was skipped as a whole"),
     *KNOB_COLUMNS,
     Column("status", _STRING, "", "done, failed or skipped"),
     Column("failure", _STRING, "", "kind of failure"),
@@ -373,6 +426,7 @@ COMBINATION_COLUMNS = (
 TABLES: dict[str, tuple[Column, ...]] = {
     "latency": LATENCY_COLUMNS,
     "accuracy": ACCURACY_COLUMNS,
+    "importance": IMPORTANCE_COLUMNS,
     "combinations": COMBINATION_COLUMNS,
     "tasks": TASK_COLUMNS,
 }

@@ -14,11 +14,14 @@ import torch
 from PIL import Image
 
 from knobs.errors import KnobError
+from knobs.importance import Method
 from knobs.vision import VisionLayout, VisionSetting
+from workers.candidates import importance_rows, reference_answer
 from workers.datasets import Dataset, DatasetSource, Sample, SampleRef
 from workers.errors import DatasetError, DeviceError, ModelError, RowMismatch, SampleError
 from workers.measure import Timing, time_answer
 from workers.models.adapter import VisionLanguageModel
+from workers.models.engines import EngineUse
 from workers.models.loading import default_device, is_out_of_memory, load_source
 from workers.models.processing import Inputs
 from workers.prepared import PreparedSample, PreparedSamples
@@ -73,11 +76,11 @@ class Session:
             vlm = self._model(task.model)
             dataset = self._dataset(task.dataset)
             with vlm.knobs(moe_top_k=task.knobs.moe_top_k, active_blocks=task.knobs.active_blocks):
-                rows = (
-                    self._latency(task, vlm, dataset)
-                    if task.kind is Kind.LATENCY
-                    else self._accuracy(task, vlm, dataset)
-                )
+                rows = {
+                    Kind.LATENCY: self._latency,
+                    Kind.ACCURACY: self._accuracy,
+                    Kind.IMPORTANCE: self._importance,
+                }[task.kind](task, vlm, dataset)
             return self._result(task, started, Status.DONE, rows=to_table(task.kind, rows))
         except Exception as error:  # a worker must outlive whatever a task does to it; the kind decides what follows
             return self._result(
@@ -114,17 +117,22 @@ class Session:
             raise NotImplementedError(f"latency is timed one sample at a time, not {task.protocol.batch_size}")
         rows: list[dict[str, Any]] = []
         usable: list[tuple[Sample, Image.Image]] = []
+        longest = 0
         for ref in task.samples:
             try:
                 sample = _checked(dataset, ref)
                 image = sample.image()
-                self._preprocess(task, vlm, sample, image)  # an image that is refused is found here, warm-up or not
+                inputs = self._preprocess(task, vlm, sample, image)  # what is refused is found here, warm-up or not
             except SampleError as error:
                 rows.append(self._failed_row(task, vlm, ref, error))
                 continue
-            for _ in range(task.protocol.warmup):
-                self._time(task, vlm, sample, image)
             usable.append((sample, image))
+            longest = max(longest, inputs.num_prompt_tokens)
+        vlm.engine.reserve(1, longest + task.protocol.max_new_tokens)
+        # Round by round, because a capture for one sample undoes part of the warm-up of those before it.
+        for _ in range(vlm.engine.warm_up_rounds + task.protocol.warmup):
+            for sample, image in usable:
+                self._time(task, vlm, sample, image)
         for repeat in range(task.protocol.repeats):
             for sample, image in usable:
                 begun = datetime.now(UTC)
@@ -157,10 +165,12 @@ class Session:
                 ready.append((prepared, row))
             batch = [(prepared.inputs, prepared.features) for prepared, _ in ready]
             answers = vlm.answer(batch, task.protocol.max_new_tokens) if batch else []
+            engine_used = _engine_columns(vlm.engine_used)
             for (prepared, row), tokens in zip(ready, answers, strict=True):
                 prediction = vlm.text(tokens)
                 rows.append(
                     row
+                    | engine_used
                     | {
                         "output_tokens": len(tokens),
                         "stop_reason": "eos" if tokens and tokens[-1] in vlm.end_token_ids else "length",
@@ -170,6 +180,37 @@ class Session:
                         "score": score.score(prediction, prepared.sample.answers),
                     }
                 )
+        return rows
+
+    # -- importance -------------------------------------------------------------------------------------------------
+
+    def _importance(self, task: Task, vlm: VisionLanguageModel, dataset: Dataset) -> list[dict[str, Any]]:
+        method = Method(task.method or "")
+        rows: list[dict[str, Any]] = []
+        self._prepared.enter((task.model, task.dataset, task.knobs.vision))
+        for refs in _batches(task.samples, task.protocol.batch_size):
+            about = {
+                "task_id": task.task_id,
+                "sweep": task.sweep,
+                "method": method.value,
+                "worker": self.name,
+                "device_name": self.found.name,
+                "started_at": datetime.now(UTC),
+            }
+            ready: list[PreparedSample] = []
+            for ref in refs:
+                try:
+                    prepared = self._prepare(task, vlm, dataset, ref)
+                    if method is Method.NLL:
+                        reference_answer(prepared)
+                except SampleError as error:
+                    failed = {"sample_id": ref.uid, "status": Status.FAILED.value, "error": str(error)}
+                    rows.append(about | failed)
+                    continue
+                ready.append(prepared)
+            protocol = task.protocol
+            made = importance_rows(vlm, ready, method, task.candidates, protocol.metric, protocol.max_new_tokens)
+            rows += [about | row | {"status": Status.DONE.value} for row in made]
         return rows
 
     @torch.inference_mode()
@@ -266,6 +307,7 @@ class Session:
             "dtype": model.dtype,
             "attention": model.attention,
             "experts": model.experts,
+            "moe_renormalization": model.moe_renormalization,
             "engine": model.engine,
             "schema_version": SCHEMA_VERSION,
             "worker": self.name,
@@ -311,7 +353,13 @@ def _timing_columns(timing: Timing) -> dict[str, Any]:
         "output_tokens": timing.output_tokens,
         "peak_memory_bytes": timing.peak_memory_bytes,
         "kv_cache_bytes": timing.kv_cache_bytes,
+        **_engine_columns(timing.engine_used),
     }
+
+
+def _engine_columns(used: EngineUse | None) -> dict[str, Any]:
+    """What really decoded, in place of what was asked for."""
+    return {} if used is None else {"engine": used.engine, "engine_note": used.note}
 
 
 def _batches(samples: Sequence[SampleRef], size: int) -> Iterator[Sequence[SampleRef]]:

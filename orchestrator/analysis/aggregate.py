@@ -23,7 +23,7 @@ def aggregate(latency: pd.DataFrame, accuracy: pd.DataFrame, lost: Collection[st
         **_latency_columns(latency),
         **_accuracy_columns(accuracy),
         **_vision_columns(latency, accuracy),
-        **_device_columns(latency, accuracy),
+        **_run_columns(latency, accuracy),
         "num_invalid": _invalid_rows(latency) + _invalid_rows(accuracy),
         "num_failed": len(_failed_samples(latency) | _failed_samples(accuracy) | set(lost)),
     }
@@ -103,12 +103,12 @@ def _vision_columns(latency: pd.DataFrame, accuracy: pd.DataFrame) -> dict[str, 
     }
 
 
-def _device_columns(latency: pd.DataFrame, accuracy: pd.DataFrame) -> dict[str, Any]:
-    """The device of the row's times; where there are none, the one that its scores come from."""
+def _run_columns(latency: pd.DataFrame, accuracy: pd.DataFrame) -> dict[str, Any]:
+    """Device and engine of the row's times; where there are none, those that its scores come from."""
     timed = latency[latency["valid"].eq(True)]
     scored = accuracy[accuracy["status"] == "done"]
     behind = scored if timed.empty else timed
-    return {} if behind.empty else {"device_name": _only(behind["device_name"])}
+    return {name: _only(behind[name]) for name in ("device_name", "engine", "engine_note") if not behind.empty}
 
 
 def _invalid_rows(rows: pd.DataFrame) -> int:
@@ -121,7 +121,7 @@ def _failed_samples(rows: pd.DataFrame) -> set[str]:
 
 
 def _only(values: pd.Series) -> Any:
-    """The one value of a column, several joined: two GPUs of a kind may have different names."""
+    """The one value of a column, several joined: two GPUs of a kind may have different names, answers two engines."""
     present = sorted(set(values.dropna()))
     return present[0] if len(present) == 1 else ", ".join(map(str, present)) or None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +14,10 @@ from knobs.errors import KnobError
 from knobs.experts import experts_per_token
 from knobs.vision import VisionSetting
 from workers.errors import ModelError, SampleError
+from workers.models.engines import DecodeState, EagerEngine, Engine, EngineUse
 from workers.models.processing import Inputs, Processor, Tensors, left_pad
 from workers.models.registry import ModelCard
+from workers.models.requirements import require_stages, stack_of_blocks
 
 # Names of the module between vision tower and language model, over the families of transformers.
 PROJECTORS = ("connector", "multi_modal_projector", "mm_projector", "aligner", "merger", "embed_vision")
@@ -26,14 +27,8 @@ _TOWER_LEFTOVERS = ("last_hidden_state", "hidden_states", "attentions")
 
 Features = dict[str, Any]
 
-
-@dataclass
-class DecodeState:
-    """What one decode step hands to the next; batch rows end at the same column because prompts are left-padded."""
-
-    cache: Any
-    attention_mask: torch.Tensor  # (batch, tokens so far)
-    position_ids: torch.Tensor  # (..., batch, 1), of the token decoded last
+# Tokens of an answer that prefill makes room for, if it is not told how many there will be.
+ROOM_FOR_AN_ANSWER = 128
 
 
 class VisionLanguageModel:
@@ -44,6 +39,8 @@ class VisionLanguageModel:
         processor: question and images to tensors; None for a checkpoint without a tokenizer.
         card: what was known of it before loading.
         device: where it runs.
+        engine: how answers are decoded; plain PyTorch unless `workers.models.loading` has put another in its place.
+        engine_used: by which the last `answer` was decoded.
     """
 
     def __init__(self, model: Any, processor: Processor | None, card: ModelCard, device: torch.device) -> None:
@@ -51,7 +48,10 @@ class VisionLanguageModel:
         self.processor = processor
         self.card = card
         self.device = device
-        self.decoder = _decoder(model)
+        require_stages(model)
+        self.decoder = stack_of_blocks(model)
+        self.engine: Engine = EagerEngine(model)
+        self.engine_used: EngineUse | None = None
         self._on_tower_end: Callable[[], None] | None = None
         self._mark_tower_end()
 
@@ -69,7 +69,7 @@ class VisionLanguageModel:
             KnobError: this model cannot take the value.
         """
         with ExitStack() as stack:
-            stack.enter_context(experts_per_token(self.model, moe_top_k))
+            stack.enter_context(experts_per_token(self.decoder, moe_top_k))
             stack.enter_context(only_blocks(self.decoder, active_blocks))
             yield
 
@@ -113,51 +113,45 @@ class VisionLanguageModel:
             self._on_tower_end = None
         return {name: value for name, value in features.items() if name not in _TOWER_LEFTOVERS}
 
-    def prefill(self, prompt: Tensors, vision: Tensors, features: Features) -> tuple[torch.Tensor, DecodeState]:
+    def prefill(
+        self, prompt: Tensors, vision: Tensors, features: Features, max_new_tokens: int = ROOM_FOR_AN_ANSWER
+    ) -> tuple[torch.Tensor, DecodeState]:
         """Embedding merge, every active block, final norm and LM head: the first token of every row.
 
         Args:
             prompt: tensors of shape (batch, tokens), left-padded.
             vision: the vision parts of the same samples; pixels are not read again, grids are.
             features: what `encode_images` made of them.
+            max_new_tokens: how long the answer may become, for engines that make room ahead.
 
         Returns:
             Tokens of shape (batch, 1) and the state for the next step.
         """
-        from transformers.cache_utils import DynamicCache
-
         grids = {name: tensor for name, tensor in vision.items() if not name.startswith("pixel")}
-        cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        rows, tokens = prompt["input_ids"].shape
+        state = self.engine.new_state(rows, tokens + max_new_tokens)
         positions = self.model._prepare_position_ids_for_generation(
-            prompt["input_ids"], {**prompt, **grids, "past_key_values": cache}
+            prompt["input_ids"], {**prompt, **grids, "past_key_values": state.cache}
         )
-        output = self.model(
-            **prompt,
-            position_ids=positions,
-            past_key_values=cache,
-            mm_encoder_outputs={"image": _as_output(features)},
-            use_cache=True,
-            logits_to_keep=1,
-            return_dict=True,
-        )
-        token = output.logits[:, -1].argmax(-1, keepdim=True)
-        return token, DecodeState(cache, prompt["attention_mask"], positions[..., -1:])
+        try:
+            output = self.model(
+                **prompt,
+                position_ids=positions,
+                past_key_values=state.cache,
+                mm_encoder_outputs={"image": _as_output(features)},
+                use_cache=True,
+                logits_to_keep=1,
+                return_dict=True,
+            )
+        except torch.OutOfMemoryError:
+            self.engine.clear()  # room that was made for this answer must not be missing for a smaller one
+            raise
+        state.begin(prompt["attention_mask"], positions[..., -1:])
+        return output.logits[:, -1].argmax(-1, keepdim=True), state
 
     def decode_step(self, token: torch.Tensor, state: DecodeState) -> torch.Tensor:
         """The greedy token after `token`, both of shape (batch, 1); `state` moves on by one position."""
-        mask = state.attention_mask
-        state.attention_mask = torch.cat([mask, mask.new_ones((mask.shape[0], 1))], dim=-1)
-        state.position_ids = state.position_ids + 1
-        output: Any = self.model(
-            input_ids=token,
-            attention_mask=state.attention_mask,
-            position_ids=state.position_ids,
-            past_key_values=state.cache,
-            use_cache=True,
-            return_dict=True,
-        )
-        chosen: torch.Tensor = output.logits[:, -1].argmax(-1, keepdim=True)
-        return chosen
+        return state.step(token)
 
     # -- answers ----------------------------------------------------------------------------------------------------
 
@@ -170,7 +164,8 @@ class VisionLanguageModel:
         """
         prompt = left_pad([inputs.prompt for inputs, _ in batch], self.pad_token_id)
         vision = _concatenate_grids([inputs.vision for inputs, _ in batch])
-        token, state = self.prefill(prompt, vision, merge_features([features for _, features in batch]))
+        features = merge_features([features for _, features in batch])
+        token, state = self.prefill(prompt, vision, features, max_new_tokens)
         ends = torch.tensor(sorted(self.end_token_ids), device=self.device)
         tokens = [token]
         finished = torch.isin(token, ends)
@@ -178,6 +173,7 @@ class VisionLanguageModel:
             token = self.decode_step(token, state)
             tokens.append(token)
             finished |= torch.isin(token, ends)
+        self.engine_used = state.use
         rows: list[list[int]] = torch.cat(tokens, dim=-1).tolist()
         return [_until_end(row, self.end_token_ids) for row in rows]
 
@@ -235,7 +231,10 @@ def features_bytes(features: Features) -> int:
 
 
 def kv_cache_bytes(state: DecodeState) -> int:
-    """Bytes of keys and values that the cache holds; blocks that are skipped hold none."""
+    """Bytes of keys and values in the cache; blocks that are skipped have none.
+
+    With the eager engine they are as many as there are tokens, with the graph engine as many as there is room for.
+    """
     return sum(
         tensor.numel() * tensor.element_size()
         for layer in state.cache.layers
@@ -275,12 +274,6 @@ def _as_output(features: Features) -> Any:
     from types import SimpleNamespace
 
     return SimpleNamespace(**features)
-
-
-def _decoder(model: Any) -> Any:
-    decoder = model.get_decoder()
-    # Some text models name themselves as their decoder; the stack of blocks is one level down.
-    return decoder if hasattr(decoder, "layers") else decoder.model
 
 
 def _until_end(row: list[int], ends: frozenset[int]) -> list[int]:

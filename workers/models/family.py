@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from knobs.card import Card, Parameters
 from knobs.vision import VisionGeometry
 
 if TYPE_CHECKING:
@@ -34,6 +35,34 @@ class Registered:
     config: Config
     preprocessor: Config
     hub_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a model consists of, as its configuration has it; see `knobs.card.Card` for the fields."""
+
+    vision_tower: str
+    projector: str
+    language_model: str
+    parameters: Parameters | None
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What becomes of its images, as its image processor has it; see `knobs.card.Card` for the fields."""
+
+    target_size: str
+    preprocessing: tuple[str, ...]
+    splitting_off: str
+    batching: str
+    padded: bool | None
+    padding_in_tower: bool | None
+    image_tokens: tuple[str, ...]
+
+
+# Bare weights can be used from Python, with tensors that somebody else has made.
+NO_PROCESSOR = "not known: the checkpoint has no image processor"
+NO_PIPELINE = Pipeline(NO_PROCESSOR, (NO_PROCESSOR,), NO_PROCESSOR, NO_PROCESSOR, None, None, (NO_PROCESSOR,))
 
 
 class Family(ABC):
@@ -70,6 +99,17 @@ class Family(ABC):
 
     @abstractmethod
     def processor(self, tokenizer: Any, config: Config, preprocessor: Config) -> Processor: ...
+
+    @abstractmethod
+    def architecture(self, config: Config) -> Architecture: ...
+
+    @abstractmethod
+    def pipeline(self, config: Config, preprocessor: Config) -> Pipeline: ...
+
+    def card(self, config: Config, preprocessor: Config) -> Card:
+        """Architecture and image pipeline in words and numbers, from the configuration alone: no torch, no weights."""
+        images = self.pipeline(config, preprocessor) if preprocessor else NO_PIPELINE
+        return Card(**vars(self.architecture(config)), **vars(images))
 
     def language_model(self, config: Config) -> Config:
         """The part of config.json that describes the language model, in transformers' words."""

@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from knobs.card import Parameters
 from knobs.crop_grid import CropGrid, CropGridGeometry
 from knobs.placement import fit_of
 from knobs.tiling import Tiling
 from knobs.vision import VisionSetting, as_int
-from workers.models.family import Config, Family, Registered
+from workers.models.family import Architecture, Config, Family, Pipeline, Registered
+from workers.models.parameters import dense_decoder, layer_norm, linear, text_config, vision_block
+from workers.models.words import UNKNOWN, complete, filter_name, language_sizes, pixel_steps, side, sizes
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +23,33 @@ if TYPE_CHECKING:
 
 START, CONTEXT, STOP = "<img>", "<IMG_CONTEXT>", "</img>"
 MOST_TILES = 36
+
+# What transformers' classes fill in where a checkpoint leaves it out.
+VISION_DEFAULTS: Config = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_channels": 3,
+    "image_size": 448,
+    "patch_size": 14,
+    "attention_bias": False,
+    "use_qk_norm": False,
+    "norm_type": "layer_norm",
+    "use_mask_token": False,
+    "use_absolute_position_embeddings": True,
+    "use_mean_pooling": True,
+}
+CONFIG_DEFAULTS: Config = {"downsample_ratio": 0.5, "tie_word_embeddings": True}
+IMAGE_DEFAULTS: Config = {
+    "do_convert_rgb": True,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "resample": 3,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
 
 
 def tiling(height: int, width: int, tile: int, least: int, most: int) -> tuple[int, int]:
@@ -69,6 +99,9 @@ class InternVLGeometry(CropGridGeometry):
     def refuse_dial(self, value: int | str | None) -> str | None:
         tiles = as_int(value)
         return None if tiles is not None and 1 <= tiles <= MOST_TILES else f"tiles must be 1 to {MOST_TILES}"
+
+    def dial_levels(self) -> Sequence[int]:
+        return (1, 2, 4, 6, 9, 12)
 
     def tile_range(self, setting: VisionSetting) -> tuple[int, int]:
         """Fewest and most tiles: pinned by the dial, the checkpoint's own for native."""
@@ -174,6 +207,53 @@ class InternVL(Family):
             int(preprocessor.get("max_patches", 12)),
         )
 
+    def architecture(self, config: Config) -> Architecture:
+        config = complete(CONFIG_DEFAULTS, config)
+        vision = complete(VISION_DEFAULTS, config.get("vision_config"))
+        text, joined = text_config(config, "qwen2"), int(1 / config["downsample_ratio"])
+        inputs, outputs = vision["hidden_size"] * joined**2, text.get("hidden_size", UNKNOWN)
+        decoder, parameters = dense_decoder(text, config["tie_word_embeddings"]), None
+        if decoder is not None:
+            projector = layer_norm(inputs) + linear(inputs, decoder.width) + linear(decoder.width, decoder.width)
+            parameters = Parameters(_tower_weights(vision), projector, decoder.weights, decoder.active_weights)
+        return Architecture(
+            f"InternViT: {sizes(vision)}",
+            f"pixel shuffle of {joined} x {joined} patches into one token, then LayerNorm, "
+            f"linear {inputs} -> {outputs}, GELU, linear {outputs} -> {outputs}",
+            language_sizes(text, config["tie_word_embeddings"]),
+            parameters,
+        )
+
+    def pipeline(self, config: Config, preprocessor: Config) -> Pipeline:
+        geometry, values = self.geometry(config, preprocessor), complete(IMAGE_DEFAULTS, preprocessor)
+        tile, tokens, resampling = geometry.tile, geometry.tokens_per_tile, filter_name(values["resample"])
+        patch = side(complete(VISION_DEFAULTS, config.get("vision_config"))["patch_size"])
+        return Pipeline(
+            f"{tile} x {tile} px for each tile and the thumbnail: {tile // patch} x {tile // patch} patches of "
+            f"{patch} px, {tokens} vision tokens",
+            (
+                *(["convert to RGB"] if values["do_convert_rgb"] else []),
+                f"choose the grid of {geometry.least_tiles} to {geometry.most_tiles} tiles whose aspect is nearest to "
+                "the image's; of equals the largest that the image fills by more than half",
+                f"stretch to the columns and rows of that grid times {tile} px, {resampling}",
+                f"cut into tiles of {tile} x {tile} px, row by row",
+                f"behind several tiles, the image squashed to {tile} x {tile} px as thumbnail, {resampling}",
+                *pixel_steps(values),
+            ),
+            "tiles: [1] in a sweep; with transformers' own processor crop_to_patches=False in the call, in "
+            "processor.images_kwargs or as argument of AutoProcessor.from_pretrained (an image processor made with it "
+            f"is overruled by the processor). The image is then squashed to {tile} x {tile} px",
+            f"flat: (all tiles of all images, 3, {tile}, {tile}) with the number of tiles of each image; only the text "
+            "is padded. Here every sample is encoded alone",
+            False,
+            False,
+            (
+                f"before the first tile: {START}",
+                f"each tile, row by row, then the thumbnail: {tokens} x {CONTEXT}",
+                f"behind the last: {STOP}",
+            ),
+        )
+
     def processor(self, tokenizer: Any, config: Config, preprocessor: Config) -> Processor:
         import torch
         from transformers import GotOcr2ImageProcessorPil
@@ -211,6 +291,28 @@ class InternVL(Family):
                 return pixels
 
         return InternVLProcessor(tokenizer)
+
+
+def _tower_weights(vision: Config) -> int:
+    """Weights of the vision tower."""
+    width: int = vision["hidden_size"]
+    blocks: int = vision["num_hidden_layers"]
+    patch = side(vision["patch_size"])
+    positions = (side(vision["image_size"]) // patch) ** 2 + 1
+    block = vision_block(width, vision["intermediate_size"]) + 2 * width  # LayerScale behind attention and MLP
+    if not vision["attention_bias"]:
+        block -= 3 * width
+    if vision["use_qk_norm"]:
+        block += 2 * width
+    if vision["norm_type"] == "rms_norm":
+        block -= 2 * width
+    return (
+        width * (2 if vision["use_mask_token"] else 1)  # the class token is the other
+        + linear(vision["num_channels"] * patch**2, width)
+        + (positions * width if vision["use_absolute_position_embeddings"] else 0)
+        + blocks * block
+        + (0 if vision["use_mean_pooling"] else layer_norm(width))
+    )
 
 
 FAMILY = InternVL()

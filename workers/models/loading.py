@@ -14,7 +14,10 @@ from workers.errors import ModelError
 from workers.models import generic
 from workers.models.adapter import VisionLanguageModel
 from workers.models.byte_tokenizer import byte_tokenizer
+from workers.models.capture import capture_on
+from workers.models.engines import ENGINES
 from workers.models.family import Config
+from workers.models.graph_engine import GraphEngine
 from workers.models.processing import Processor
 from workers.models.registry import (
     RANDOM_SEED,
@@ -22,6 +25,7 @@ from workers.models.registry import (
     describe,
     read_preprocessor,
 )
+from workers.models.requirements import stack_of_blocks
 from workers.schema import ModelSource
 
 WEIGHTS = ("checkpoint", "random")
@@ -36,6 +40,7 @@ def load(
     device: str | torch.device | None = None,
     attention: str = "sdpa",
     experts: str | None = None,
+    engine: str = "eager",
     revision: str | None = None,
 ) -> VisionLanguageModel:
     """Load a model for use from Python.
@@ -47,6 +52,8 @@ def load(
         device: a torch device; the first GPU, else the CPU, if None.
         attention: attention back-end of transformers.
         experts: expert back-end of transformers; its default if None.
+        engine: `eager`, or `graph` for decode steps that are captured once and replayed; where that cannot be, it warns
+            and decodes eagerly.
         revision: branch, tag or commit on the hub.
 
     Raises:
@@ -58,10 +65,12 @@ def load(
         raise ModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if weights is not None and weights not in WEIGHTS:
         raise ModelError(f"weights {weights!r} is not one of {', '.join(WEIGHTS)}")
+    if engine not in ENGINES:
+        raise ModelError(f"engine {engine!r} is not one of {', '.join(ENGINES)}")
     card = describe(name_or_folder, revision=revision, random_weights=weights == "random")
     if weights == "checkpoint" and default_weights(card) == "random":
         raise ModelError(f"{name_or_folder} has no checkpoint, it exists with random weights only")
-    return build(card, weights or default_weights(card), DTYPES[dtype], where, attention, experts)
+    return build(card, weights or default_weights(card), DTYPES[dtype], where, attention, experts, engine)
 
 
 def load_source(source: ModelSource, device: torch.device) -> VisionLanguageModel:
@@ -75,7 +84,7 @@ def load_source(source: ModelSource, device: torch.device) -> VisionLanguageMode
     )
     if card.fingerprint != source.fingerprint:
         raise ModelError(f"{source.name}: the files at {source.place} have changed since the sweep was planned")
-    return build(card, source.weights, DTYPES[source.dtype], device, source.attention, source.experts)
+    return build(card, source.weights, DTYPES[source.dtype], device, source.attention, source.experts, source.engine)
 
 
 def default_weights(card: ModelCard) -> str:
@@ -89,7 +98,13 @@ def default_device() -> torch.device:
 
 
 def build(
-    card: ModelCard, weights: str, dtype: torch.dtype, device: torch.device, attention: str, experts: str | None
+    card: ModelCard,
+    weights: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str,
+    experts: str | None,
+    engine: str = "eager",
 ) -> VisionLanguageModel:
     """The model in evaluation mode on its device, with its processor if it has a tokenizer.
 
@@ -97,8 +112,6 @@ def build(
         ModelError: it cannot be loaded, or does not fit into the memory of the device: no task can use it.
     """
     backends: dict[str, Any] = {"attn_implementation": attention}
-    if card.num_experts is not None and experts is not None:
-        backends["experts_implementation"] = experts
     try:
         model = (
             _random(card, dtype, device, backends)
@@ -106,7 +119,12 @@ def build(
             else _from_checkpoint(card, dtype, device, backends)
         )
         model.eval().requires_grad_(False)
-        return VisionLanguageModel(model, _processor(card, model), card, device)
+        if card.routing is not None and experts is not None:
+            _run_experts_by(model, experts)
+        vlm = VisionLanguageModel(model, _processor(card, model), card, device)
+        if engine == "graph":
+            vlm.engine = GraphEngine(model, vlm.decoder, capture_on(device))
+        return vlm
     except (ModelError, torch.AcceleratorError):
         raise  # a device that is dead is not the checkpoint's fault
     except SafetensorError as error:
@@ -167,6 +185,12 @@ def _from_checkpoint(card: ModelCard, dtype: torch.dtype, device: torch.device, 
     if device.type == "cpu":
         _leave_the_file(model)
     return model.to(device)
+
+
+def _run_experts_by(model: Any, experts: str) -> None:
+    """Choose the expert back-end: not while loading, where a vision tower without experts would refuse it."""
+    of_whole = model._can_set_experts_implementation()
+    (model if of_whole else stack_of_blocks(model)).set_experts_implementation(experts)
 
 
 def _local_folder(card: ModelCard) -> Path:

@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from knobs.card import Parameters
 from knobs.vision import NativeGeometry, VisionLayout, VisionSetting
-from workers.models.family import Config, Family, Registered
+from workers.models.family import Architecture, Config, Family, Pipeline, Registered
+from workers.models.parameters import Decoder, layer_norm, linear, vision_block
+from workers.models.words import complete, filter_name, language_sizes, pixel_steps, side, sizes
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +20,50 @@ if TYPE_CHECKING:
     from workers.models.processing import ImageTensors, Processor, Tensors
 
 START, IMAGE, VIDEO, STOP = "<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>"
+
+# What transformers' classes fill in where a checkpoint leaves it out.
+VISION_DEFAULTS: Config = {
+    "depth": 27,
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_heads": 16,
+    "in_channels": 3,
+    "patch_size": 16,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "out_hidden_size": 3584,
+    "num_position_embeddings": 2304,
+    "deepstack_visual_indexes": [8, 16, 24],
+}
+TEXT_DEFAULTS: Config = {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": None,
+    "attention_bias": False,
+    "decoder_sparse_step": 1,
+    "moe_intermediate_size": 1408,
+    "num_experts_per_tok": 4,
+    "num_experts": 60,
+    "mlp_only_layers": None,
+}
+CONFIG_DEFAULTS: Config = {"tie_word_embeddings": False}
+IMAGE_DEFAULTS: Config = {
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "resample": 3,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+}
 
 
 def resized(height: int, width: int, factor: int, least_pixels: int, most_pixels: int) -> tuple[int, int]:
@@ -147,6 +194,60 @@ class Qwen3VLMoe(Family):
         pixels = int(preprocessor["patch_size"]) * int(preprocessor["merge_size"])
         return QwenGeometry(pixels, int(size["shortest_edge"]), int(size["longest_edge"]))
 
+    def architecture(self, config: Config) -> Architecture:
+        config = complete(CONFIG_DEFAULTS, config)
+        vision, text = complete(VISION_DEFAULTS, config.get("vision_config")), _text_config(config)
+        merged, levels = vision["spatial_merge_size"], vision["deepstack_visual_indexes"]
+        joined, outputs = vision["hidden_size"] * merged**2, vision["out_hidden_size"]
+        decoder = _decoder(text, config["tie_word_embeddings"])
+        # DeepStack's mergers have their norm behind the joining of patches, the last one in front of it.
+        merger = linear(joined, joined) + linear(joined, outputs)
+        projector = layer_norm(vision["hidden_size"]) + merger + len(levels) * (layer_norm(joined) + merger)
+        if not decoder.dense_blocks:
+            del text["intermediate_size"]
+        return Architecture(
+            f"{sizes(vision)}, {vision['temporal_patch_size']} frames deep; {vision['num_position_embeddings']} "
+            "learned positions, interpolated to the patches of each image, and rotary ones",
+            f"{merged} x {merged} patches joined into one token, then LayerNorm, linear {joined} -> {joined}, GELU, "
+            f"linear {joined} -> {outputs}; {len(levels)} more like it (DeepStack), of vision blocks "
+            f"{', '.join(map(str, levels))}, are added to the vision tokens behind the language model's first blocks",
+            language_sizes(text, decoder.tied),
+            Parameters(_tower_weights(vision), projector, decoder.weights, decoder.active_weights),
+        )
+
+    def pipeline(self, config: Config, preprocessor: Config) -> Pipeline:
+        geometry, values = self.geometry(config, preprocessor), complete(IMAGE_DEFAULTS, preprocessor)
+        factor, least, most = geometry.pixels_per_token, geometry.least_pixels, geometry.most_pixels
+        patch, frames, merged = values["patch_size"], values["temporal_patch_size"], values["merge_size"]
+        size = f"both sides multiples of {factor} px, {least} to {most} pixels in all"
+        return Pipeline(
+            f"of each image its own: {size}; {patch} px patches, one vision token per {factor} x {factor} px, "
+            f"{math.ceil(least / factor**2)} to {most // factor**2} of them",
+            (
+                *(["convert to RGB"] if values["do_convert_rgb"] else []),
+                *(
+                    [f"resize, the aspect nearly kept: {size}, {filter_name(values['resample'])}"]
+                    if values["do_resize"]
+                    else []
+                ),
+                *pixel_steps(values),
+                f"cut into patches of {patch} x {patch} px, {merged} x {merged} neighbours one after the other, each "
+                f"repeated over {frames} frames: rows of {3 * frames * patch**2} numbers",
+            ),
+            "images are never split, and no axis bounds their tokens here; transformers' own processor takes "
+            "size={'shortest_edge': .., 'longest_edge': ..} in the call, which in spite of its names bounds the pixels "
+            "of an image",
+            f"flat: (patches of all images, {3 * frames * patch**2}) with the grid of each image; attention stays "
+            "within an image, only the text is padded. Here every sample is encoded alone",
+            False,
+            False,
+            (
+                f"before the image: {START}",
+                f"each {factor} x {factor} px, row by row: {IMAGE}",
+                f"behind it: {STOP}",
+            ),
+        )
+
     def processor(self, tokenizer: Any, config: Config, preprocessor: Config) -> Processor:
         from transformers import Qwen2VLImageProcessorPil
 
@@ -182,6 +283,46 @@ def _preprocessor(patch: int, least_pixels: int, most_pixels: int) -> dict[str, 
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
     }
+
+
+def _text_config(config: Config) -> dict[str, Any]:
+    """The completed configuration of the language model; it has two names for the number of experts."""
+    given = config.get("text_config") or {}
+    experts = given.get("num_experts") or given.get("num_local_experts")
+    return complete({"model_type": "qwen3_vl_moe_text", **TEXT_DEFAULTS}, {**given, "num_experts": experts})
+
+
+def _decoder(text: Config, tied: bool) -> Decoder:
+    """Sizes of the language model; blocks without experts are named one by one or follow from a step."""
+    width, heads, blocks = text["hidden_size"], text["num_attention_heads"], text["num_hidden_layers"]
+    head_width, dense = text.get("head_dim") or width // heads, text["mlp_only_layers"] or ()
+    return Decoder(
+        blocks=blocks,
+        width=width,
+        heads=heads,
+        key_value_heads=text["num_key_value_heads"],
+        head_width=head_width,
+        embeddings=text["vocab_size"],
+        logits=text["vocab_size"],
+        tied=tied,
+        mlp_width=text["intermediate_size"],
+        dense_blocks=sum(i in dense or (i + 1) % text["decoder_sparse_step"] != 0 for i in range(blocks)),
+        query_key_norms=2 * head_width,
+        input_bias=text["attention_bias"],
+        output_bias=text["attention_bias"],
+        experts=text["num_experts"],
+        top_k=text["num_experts_per_tok"],
+        expert_width=text["moe_intermediate_size"],
+    )
+
+
+def _tower_weights(vision: Config) -> int:
+    """Weights of the vision tower without its mergers, which are the projector."""
+    width: int = vision["hidden_size"]
+    patch: int = vision["in_channels"] * side(vision["temporal_patch_size"]) * side(vision["patch_size"]) ** 2
+    positions: int = vision["num_position_embeddings"]
+    blocks: int = vision["depth"]
+    return linear(patch, width) + positions * width + blocks * vision_block(width, vision["intermediate_size"])
 
 
 FAMILY = Qwen3VLMoe()

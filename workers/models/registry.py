@@ -11,6 +11,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from knobs.card import Card
+from knobs.configuration import entries_of, family_of
+from knobs.routing import Routing, routing_of
+from knobs.stack import BlockStack, stack_of
 from knobs.vision import NativeGeometry, VisionGeometry
 from workers.errors import ModelError
 from workers.models import generic, internvl, qwen3_vl_moe, smolvlm
@@ -26,9 +30,12 @@ REGISTERED: Mapping[str, Registered] = {name: r for family in FAMILIES for name,
 # Keys of a preprocessor_config.json that say which class reads it, not what it does.
 _CLASS_KEYS = ("image_processor_type", "processor_class", "feature_extractor_type", "auto_map", "_processor_class")
 
-# Spellings of the same two numbers in the configurations of transformers.
-_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_k", "moe_topk")
+# Language models whose every block is attention and needs no other: whatever their config.json leaves out decides
+# nothing about which blocks and experts there are.
+PLAIN_LANGUAGE_MODELS = (
+    *("cohere2", "gemma", "gemma2", "gemma3", "glm4v", "granite", "llama", "mistral", "olmo2", "opt", "phi", "phi3"),
+    *("qwen2", "qwen2_vl", "qwen2_5_vl", "qwen3", "qwen3_vl"),
+)
 
 RANDOM_SEED = 0
 
@@ -55,8 +62,8 @@ class ModelCard:
         checkpoint: where its files are.
         config, preprocessor: contents of config.json and preprocessor_config.json, or what is registered.
         fingerprint: digest of everything that decides what it computes, weights included.
-        num_blocks: transformer blocks of the language model.
-        num_experts, moe_top_k: experts per block and how many fire by default; None for a dense model.
+        stack: transformer blocks of the language model, and which of them depend on each other.
+        routing: its routers; None for a dense model.
         geometry: its vision arithmetic.
     """
 
@@ -66,10 +73,28 @@ class ModelCard:
     config: Config
     preprocessor: Config
     fingerprint: str
-    num_blocks: int
-    num_experts: int | None
-    moe_top_k: int | None
+    stack: BlockStack
+    routing: Routing | None
     geometry: VisionGeometry
+
+    @property
+    def num_blocks(self) -> int:
+        """Transformer blocks of the language model."""
+        return self.stack.num_blocks
+
+    @property
+    def num_experts(self) -> int | None:
+        """Routed experts per block; None for a dense model."""
+        return None if self.routing is None else self.routing.num_experts
+
+    @property
+    def moe_top_k(self) -> int | None:
+        """How many experts fire per token by default; None for a dense model, and where blocks differ."""
+        return None if self.routing is None else self.routing.moe_top_k
+
+    def card(self) -> Card:
+        """What its family can say of it in words and numbers, from configuration and image processor alone."""
+        return self.family.card(self.config, self.preprocessor)
 
 
 def family_named(name: str) -> Family:
@@ -95,7 +120,8 @@ def describe(
         base_folder: where relative folders start; the current folder is tried next.
         offline: use what is registered or cached and never the network.
 
-    Imports no torch, except for a config.json that leaves the number of blocks to transformers' default.
+    Imports no torch, except for a config.json that leaves something to the defaults of transformers: the number of
+    blocks, or, of a family that has no file here, which of its blocks are attention and how its experts are chosen.
 
     Raises:
         ModelError: no such model, or its files say nothing that can be used.
@@ -127,8 +153,8 @@ def _unknown(place: str) -> str:
     if "/" in place:
         return f"model folder {place} does not exist"
     near = difflib.get_close_matches(place, REGISTERED, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"unknown model {place!r}, {hint}(registered: {', '.join(sorted(REGISTERED))}; or a folder, or a hub id a/b)"
+    hint = f", did you mean {near[0]}?" if near else ""
+    return f"unknown model {place!r}{hint} (registered: {', '.join(sorted(REGISTERED))}; or a folder, or a hub id a/b)"
 
 
 def _from_registered(name: str, registered: Registered, located: Checkpoint, fingerprint: str | None) -> ModelCard:
@@ -177,9 +203,7 @@ def _from_hub(name: str, hub_id: str, revision: str | None, random_weights: bool
 def _card(
     name: str, family: Family, located: Checkpoint, config: Config, preprocessor: Config, fingerprint: str
 ) -> ModelCard:
-    text = family.language_model(config)
-    if type(text.get("num_hidden_layers")) is not int:
-        text = family.language_model(_with_defaults(config))
+    text = _language_model(family, config)
     blocks = text.get("num_hidden_layers")
     if type(blocks) is not int:
         raise ModelError(f"{name}: config.json does not say how many blocks the language model has (num_hidden_layers)")
@@ -188,25 +212,31 @@ def _card(
         geometry = family.geometry(config, preprocessor) if preprocessor else NativeGeometry()
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{name}: its configuration lacks {error} that {family.name} needs for images") from error
-    experts, top_k = _first_int(text, _EXPERT_KEYS), _first_int(text, _TOP_K_KEYS)
-    if experts is None or experts < 2:
-        experts = top_k = None
-    return ModelCard(name, family, located, config, preprocessor, fingerprint, blocks, experts, top_k, geometry)
+    stack, routing = stack_of(text, blocks), routing_of(text)
+    return ModelCard(name, family, located, config, preprocessor, fingerprint, stack, routing, geometry)
 
 
-def _with_defaults(config: Config) -> Config:
-    """A configuration with what older checkpoints leave out because it equals the default of its class.
+def _language_model(family: Family, config: Config) -> Config:
+    """The language model's part of a configuration, with the defaults that decide which blocks and experts it has."""
+    text = {"model_type": config.get("model_type"), **family.language_model(config)}
+    known = family is not generic.FAMILY or family_of(text) in PLAIN_LANGUAGE_MODELS
+    routing = routing_of(text)
+    enough = type(text.get("num_hidden_layers")) is int and (routing is None or routing.renormalization is not None)
+    return text if known and enough else _with_defaults(config) or text
+
+
+def _with_defaults(config: Config) -> Config | None:
+    """The same with what a checkpoint leaves out because it is a default; None if transformers does not know it.
 
     Imports torch, the one place in planning that does: every configuration class of transformers comes with it, and
-    the default stands nowhere else. So it is called only where a number is missing.
+    the defaults stand nowhere else. So it is called only where they may decide something.
     """
     from transformers import AutoConfig
 
     try:
-        complete: dict[str, Any] = AutoConfig.for_model(**config).to_dict()
-    except (ValueError, KeyError, TypeError):
-        return config
-    return complete
+        return entries_of(AutoConfig.for_model(**config))
+    except Exception:  # transformers raises whatever it meets for a configuration that it cannot read
+        return None
 
 
 def _family_of(config: Config, place: str) -> Family:
@@ -214,13 +244,16 @@ def _family_of(config: Config, place: str) -> Family:
     if not isinstance(model_type, str):
         raise ModelError(f"{place}: config.json has no model_type")
     found = next((family for family in FAMILIES if model_type in family.model_types), None)
-    if found is None and "vision_config" not in config:
+    if found is None and "vision_config" not in config and not _reads_images(model_type):
         raise ModelError(f"{place}: model_type {model_type} is not a vision-language model (no vision_config)")
     return found or generic.FAMILY
 
 
-def _first_int(config: Config, keys: tuple[str, ...]) -> int | None:
-    return next((config[key] for key in keys if type(config.get(key)) is int), None)
+def _reads_images(model_type: str) -> bool:
+    """Whether transformers lists a family among the vision-language models, some of which have no vision_config."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 def _json(path: Path, missing: str) -> dict[str, Any]:

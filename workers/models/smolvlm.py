@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from knobs.card import Parameters
 from knobs.crop_grid import CropGrid, CropGridGeometry
 from knobs.placement import fit_of
 from knobs.tiling import Tiling
-from knobs.vision import VisionSetting, as_int
-from workers.models.family import Config, Family, Registered
+from knobs.vision import NATIVE, VisionSetting, as_int
+from workers.models.family import Architecture, Config, Family, Pipeline, Registered
+from workers.models.parameters import dense_decoder, layer_norm, linear, text_config, vision_block
+from workers.models.words import UNKNOWN, complete, filter_name, language_sizes, pixel_steps, side, sizes
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,6 +28,30 @@ MOST_TILES = 12
 LARGEST_SIDE = 4096
 # The most crops that a setting may ask for.
 MOST_CROPS = 64
+
+# What transformers' classes fill in where a checkpoint leaves it out; those of Idefics3 say the same.
+VISION_DEFAULTS: Config = {
+    "hidden_size": 1152,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 16,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 32,
+}
+CONFIG_DEFAULTS: Config = {"scale_factor": 2, "tie_word_embeddings": False}
+IMAGE_DEFAULTS: Config = {
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "do_image_splitting": True,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "do_pad": True,
+    "resample": 1,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
 
 
 def tiling(height: int, width: int, longest_edge: int, tile: int) -> tuple[int, int]:
@@ -61,11 +88,12 @@ def tiling(height: int, width: int, longest_edge: int, tile: int) -> tuple[int, 
 
 @dataclass(frozen=True)
 class SmolVLMGeometry(CropGridGeometry):
-    """Tile size in pixels, vision tokens per tile, and the checkpoint's own longest edge."""
+    """Tile size in pixels, vision tokens per tile, the checkpoint's own longest edge, and whether it cuts at all."""
 
     tile: int
     tokens_per_tile: int
     longest_edge: int
+    splits: bool = True
 
     dial = "longest_edge"
 
@@ -87,17 +115,26 @@ class SmolVLMGeometry(CropGridGeometry):
             return f"longest_edge must be {self.tile} (one tile) to {LARGEST_SIDE} pixels"
         return None
 
+    def dial_levels(self) -> Sequence[int]:
+        if self.tile < 384:
+            return [self.tile * n for n in range(1, 5)]
+        return [edge for edge in (384, 512, 768, 1024, 1536, 2048) if edge >= self.tile]
+
     def edge(self, setting: VisionSetting) -> int:
         """The longest edge in pixels that native preprocessing or the dial resizes to."""
         return as_int(setting.value) or self.longest_edge
 
     def own_tiling(self, height: int, width: int, setting: VisionSetting) -> Tiling:
         rows, columns = tiling(height, width, self.edge(setting), self.tile)
-        return (rows, columns) if rows else (1, 1)
+        return (rows, columns) if rows and self.cuts(setting) else (1, 1)
+
+    def cuts(self, setting: VisionSetting) -> bool:
+        """Whether images are cut into tiles: under every knob, natively if the checkpoint does."""
+        return self.splits or setting.knob != NATIVE
 
     def own_pinned(self, setting: VisionSetting) -> int | None:
         # One tile is one tile for every aspect; anything larger follows the image.
-        return 1 if self.edge(setting) == self.tile else None
+        return 1 if self.edge(setting) == self.tile or not self.cuts(setting) else None
 
     def prompt_tokens(self, tiling: Tiling, setting: VisionSetting) -> tuple[int, int]:
         rows, columns = tiling
@@ -206,7 +243,70 @@ class SmolVLM(Family):
         tile = int(preprocessor["max_image_size"]["longest_edge"])
         patches = tile // int(vision["patch_size"])
         tokens = patches**2 // int(config["scale_factor"]) ** 2
-        return SmolVLMGeometry(tile, tokens, int(preprocessor["size"]["longest_edge"]))
+        splits = bool(preprocessor.get("do_image_splitting", True))
+        return SmolVLMGeometry(tile, tokens, int(preprocessor["size"]["longest_edge"]), splits)
+
+    def architecture(self, config: Config) -> Architecture:
+        config = complete(CONFIG_DEFAULTS, config)
+        vision = complete(VISION_DEFAULTS, config.get("vision_config"))
+        text = text_config(config, "llama")
+        width, patch, scale = vision["hidden_size"], side(vision["patch_size"]), config["scale_factor"]
+        positions, joined = (side(vision["image_size"]) // patch) ** 2, width * scale**2
+        decoder, parameters = dense_decoder(text, config["tie_word_embeddings"]), None
+        if decoder is not None:
+            tower = (
+                linear(vision["num_channels"] * patch**2, width)
+                + positions * width
+                + vision["num_hidden_layers"] * vision_block(width, vision["intermediate_size"])
+                + layer_norm(width)
+            )
+            projector = linear(joined, decoder.width, bias=False)
+            parameters = Parameters(tower, projector, decoder.weights, decoder.active_weights)
+        return Architecture(
+            f"SigLIP: {sizes(vision)}",
+            f"pixel shuffle of {scale} x {scale} patches into one token, then one linear layer without bias, "
+            f"{joined} -> {text.get('hidden_size', UNKNOWN)}",
+            language_sizes(text, config["tie_word_embeddings"]),
+            parameters,
+        )
+
+    def pipeline(self, config: Config, preprocessor: Config) -> Pipeline:
+        geometry, values = self.geometry(config, preprocessor), complete(IMAGE_DEFAULTS, preprocessor)
+        tile, tokens, resampling = geometry.tile, geometry.tokens_per_tile, filter_name(values["resample"])
+        patch = side(complete(VISION_DEFAULTS, config.get("vision_config"))["patch_size"])
+        steps = ["convert to RGB"] if values["do_convert_rgb"] else []
+        if values["do_resize"]:
+            edge = min(geometry.longest_edge, LARGEST_SIDE)
+            steps.append(
+                f"resize the longest edge to {edge} px and keep the aspect, the other side made even, {resampling}"
+            )
+        if values["do_image_splitting"]:
+            steps += [
+                f"resize both sides up to multiples of {tile} px, which stretches the image, {resampling}",
+                f"cut into crops of {tile} x {tile} px, row by row; an image that fits into one stays whole",
+                f"behind several crops, the image squashed to {tile} x {tile} px as global view, {resampling}",
+            ]
+        else:
+            steps.append(f"squash to one crop of {tile} x {tile} px, {resampling}")
+        return Pipeline(
+            f"{tile} x {tile} px for each crop and the global view: {tile // patch} x {tile // patch} patches of "
+            f"{patch} px, {tokens} vision tokens",
+            (*steps, *pixel_steps(values)),
+            f"longest_edge: [{tile}] in a sweep; with transformers' own processor do_image_splitting=False in the call "
+            f"or as attribute of its image processor. Both squash the image to {tile} x {tile} px",
+            f"padded: (samples, most crops of one, 3, {tile}, {tile}) with all-zero crops, and an int64 mask of "
+            "all pixels; the model drops all-zero crops before the vision tower, so padding costs memory and transfer "
+            "only. Here every sample is encoded alone: no padding, no mask",
+            bool(values["do_pad"]),
+            False,
+            (
+                f"each crop, row by row: {FAKE}<row_R_col_C> then {tokens} x {IMAGE}",
+                "after each row of crops: \\n",
+                "after the last row, one token with the one before: \\n",
+                f"the global view: {FAKE}{GLOBAL} then {tokens} x {IMAGE} then {FAKE}",
+                f"an image in one crop, instead: {FAKE}{GLOBAL} then {tokens} x {IMAGE} then {FAKE}",
+            ),
+        )
 
     def processor(self, tokenizer: Any, config: Config, preprocessor: Config) -> Processor:
         from transformers import SmolVLMImageProcessorPil
@@ -216,7 +316,7 @@ class SmolVLM(Family):
 
         geometry = self.geometry(config, preprocessor)
         # do_pad would add a mask of two thirds of the pixels' bytes that only says "all of it".
-        image_processor = SmolVLMImageProcessorPil(**preprocessor)
+        image_processor = SmolVLMImageProcessorPil(**{**preprocessor, "do_pad": False})
 
         class SmolVLMProcessor(CuttingProcessor):
             image_token, template_image, prompt_image = IMAGE, IMAGE, IMAGE
@@ -225,11 +325,12 @@ class SmolVLM(Family):
                 setting = geometry.complete(setting)
                 if geometry.takes_whole_image(setting):
                     how: dict[str, Any] = {"size": {"longest_edge": geometry.edge(setting)}}
+                    how["do_image_splitting"] = geometry.cuts(setting)
                 else:
                     fit, resample = fit_of(setting), image_processor.resample
                     layouts = [geometry.layout(image.height, image.width, setting) for image in images]
                     images = [lay_on_canvas(i, at, fit, resample) for i, at in zip(images, layouts, strict=True)]
-                    how = {"do_resize": False}
+                    how = {"do_resize": False, "do_image_splitting": True}
                 made = image_processor([list(images)], return_row_col_info=True, return_tensors="pt", **how)
                 rows, columns = made["rows"][0], made["cols"][0]
                 placeholders = [

@@ -9,40 +9,7 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, OlmoeConfig, PreTrainedConfig
 
-# The 24-layer CLIP ViT-L/14 at 336 pixels without its last layer; config.json leaves the entry out where it is this.
-PUBLISHED_VISION: dict[str, Any] = {
-    "image_model_type": "openai",
-    "image_default_input_size": [336, 336],
-    "image_patch_size": 14,
-    "image_num_pos": 577,
-    "image_emb_dim": 1024,
-    "image_num_heads": 16,
-    "image_num_key_value_heads": 16,
-    "image_head_dim": 64,
-    "image_num_layers": 23,
-    "image_mlp_dim": 4096,
-    "image_mlp_activations": "quick_gelu",
-    "image_norm_eps": 1e-5,
-}
-
-# Published key and its name in the text configuration, where the value is the same.
-_TEXT_NAMES = {
-    "embedding_size": "vocab_size",
-    "d_model": "hidden_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "moe_num_experts": "num_experts",
-    "moe_top_k": "num_experts_per_tok",
-    "layer_norm_eps": "rms_norm_eps",
-    "clip_qkv": "clip_qkv",
-    "max_position_embeddings": "max_position_embeddings",
-    "initializer_range": "initializer_range",
-    "use_cache": "use_cache",
-    "pad_token_id": "pad_token_id",
-    "bos_token_id": "bos_token_id",
-    "eos_token_id": "eos_token_id",
-}
+from workers.models.molmoe.published import PUBLISHED_VISION, TEXT_NAMES
 
 # Switches of the Molmo family that change what is computed and leave no trace in names and shapes of the weights.
 _ONLY: dict[str, Any] = {
@@ -143,7 +110,7 @@ class MolmoEConfig(PreTrainedConfig):  # type: ignore[misc]
         if not isinstance(self.text_config, PreTrainedConfig):
             self.text_config = {**self._text_entries(), **(self.text_config or {})}
         super().__post_init__(**kwargs)
-        for published, name in _TEXT_NAMES.items():
+        for published, name in TEXT_NAMES.items():
             setattr(self, published, getattr(self.text_config, name))
         if not all(-self.vision.layers <= layer < self.vision.layers for layer in self.vit_layers):
             raise ValueError(f"vit_layers {list(self.vit_layers)}: the vision tower has {self.vision.layers} layers")
@@ -152,15 +119,15 @@ class MolmoEConfig(PreTrainedConfig):  # type: ignore[misc]
         super().__setattr__(key, value)
         text = self.__dict__.get("text_config")
         # `from_pretrained(folder, moe_top_k=4)` sets what it is given only when the text configuration is made.
-        if key in _TEXT_NAMES and isinstance(text, PreTrainedConfig):
-            setattr(text, _TEXT_NAMES[key], value)
+        if key in TEXT_NAMES and isinstance(text, PreTrainedConfig):
+            setattr(text, TEXT_NAMES[key], value)
 
     def _text_entries(self) -> dict[str, Any]:
         """The published keys as keyword arguments of `OlmoeConfig`."""
         # Gate and up projection share the width that the key names.
         width = self.mlp_hidden_size if self.mlp_hidden_size is not None else int(self.mlp_ratio * self.d_model)
         return {
-            **{name: getattr(self, published) for published, name in _TEXT_NAMES.items()},
+            **{name: getattr(self, published) for published, name in TEXT_NAMES.items()},
             "intermediate_size": width // 2,
             "rope_parameters": {"rope_type": "default", "rope_theta": float(self.rope_theta)},
             "norm_topk_prob": False,
@@ -186,7 +153,7 @@ class MolmoEConfig(PreTrainedConfig):  # type: ignore[misc]
     def published(self) -> dict[str, Any]:
         """The content of a config.json in the published manner, with what was changed in the text configuration."""
         text = self.get_text_config(decoder=True)
-        changed = {published: getattr(text, name) for published, name in _TEXT_NAMES.items()}
+        changed = {published: getattr(text, name) for published, name in TEXT_NAMES.items()}
         changed |= {"mlp_hidden_size": 2 * text.intermediate_size, "rope_theta": text.rope_parameters["rope_theta"]}
         entries: dict[str, Any] = self.to_dict()
         return {name: value for name, value in entries.items() if name != "text_config"} | changed

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from knobs.card import Parameters
 from knobs.crop_grid import CropGrid, CropGridGeometry
-from knobs.overlapping_crops import CROP, GRID, PATCH, adaptive_tiling, prompt_image_length, prompt_vision_tokens
+from knobs.overlapping_crops import (
+    CELLS_PER_SIDE,
+    CELLS_PER_STRIDE,
+    CROP,
+    GRID,
+    MARGIN,
+    PATCH,
+    PATCHES_PER_SIDE,
+    STRIDE,
+    TOKENS_PER_CROP,
+    adaptive_tiling,
+    prompt_image_length,
+    prompt_vision_tokens,
+)
 from knobs.placement import fit_of
 from knobs.tiling import Tiling
 from knobs.vision import NATIVE, VisionSetting
 from workers.errors import SampleError
-from workers.models.family import Config, Family, Registered
+from workers.models.family import Architecture, Config, Family, Pipeline, Registered
+from workers.models.molmoe.published import MEAN, PUBLISHED_VISION, STD, TEXT_NAMES
+from workers.models.parameters import Decoder, layer_norm, linear, vision_block
+from workers.models.words import complete, language_sizes, normalise_step
 
 if TYPE_CHECKING:
     import torch
@@ -23,13 +41,6 @@ if TYPE_CHECKING:
     from workers.models.processing import Inputs, Processor
 
 START, END, PATCH_TOKEN, COLUMN, IMAGE = "<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<|image|>"
-
-# Published keys of config.json and what transformers calls them.
-_LANGUAGE_MODEL = {
-    "n_layers": "num_hidden_layers",
-    "moe_num_experts": "num_experts",
-    "moe_top_k": "num_experts_per_tok",
-}
 
 
 @dataclass(frozen=True)
@@ -125,8 +136,8 @@ class MolmoE(Family):
         }
 
     def language_model(self, config: Config) -> Config:
-        named = {ours: config[theirs] for theirs, ours in _LANGUAGE_MODEL.items() if theirs in config}
-        return {**named, **(config.get("text_config") or {})}
+        named = {ours: config[theirs] for theirs, ours in TEXT_NAMES.items() if theirs in config}
+        return {**named, "norm_topk_prob": False, **(config.get("text_config") or {})}
 
     def geometry(self, config: Config, preprocessor: Config) -> MolmoEGeometry:
         size, patch = (
@@ -136,6 +147,72 @@ class MolmoE(Family):
         if list(size) != [CROP, CROP] or patch != PATCH:
             raise ValueError(f"crops of {CROP} pixels and patches of {PATCH}")
         return MolmoEGeometry(int(preprocessor.get("max_crops", 12)))
+
+    def architecture(self, config: Config) -> Architecture:
+        defaults = {name: value for name, value in _published().items() if name != "text_config"}
+        config, backbone = complete(defaults, config), complete(PUBLISHED_VISION, config.get("vision_backbone"))
+        text = self.language_model(config)
+        width, layers, features = backbone["image_emb_dim"], backbone["image_num_layers"], config["vit_layers"]
+        joined, positions = width * len(features), math.isqrt(backbone["image_num_pos"] - 1) ** 2 + 1
+        # Gate and up projection of an expert share the width that the key names; the projector has the same.
+        inner = int(text.get("intermediate_size") or _mlp_width(config) // 2)
+        decoder = _decoder(text, inner, config["additional_vocab_size"])
+        tower = (
+            (1 + positions) * width  # the class token beside the positions
+            + linear(3 * backbone["image_patch_size"] ** 2, width, bias=False)
+            + layer_norm(width)
+            + layers * vision_block(width, backbone["image_mlp_dim"])
+        )
+        marks = 2 * joined
+        pooling = 3 * linear(joined, width) + linear(width, width)
+        projector = marks + pooling + 2 * linear(width, inner, False) + linear(inner, decoder.width, False)
+        words = {**text, "model_type": "olmoe", "intermediate_size": None, "moe_intermediate_size": inner}
+        words["num_key_value_heads"] = decoder.key_value_heads
+        return Architecture(
+            f"CLIP: {layers} blocks, width {width}, {backbone['image_num_heads']} heads, "
+            f"MLP {backbone['image_mlp_dim']}, patches of {PATCH} px, images of {CROP} px; features are the outputs of "
+            f"blocks {' and '.join(map(str, features))} side by side, {joined} numbers a patch",
+            f"attention over every 2 x 2 patches, asked by their mean, {joined} -> {width}, then gated MLP {width} -> "
+            f"{inner} -> {decoder.width}; learned marks on patches that are padding",
+            language_sizes(words, decoder.tied),
+            Parameters(tower, projector, decoder.weights, decoder.active_weights),
+        )
+
+    def pipeline(self, config: Config, preprocessor: Config) -> Pipeline:
+        most = self.geometry(config, preprocessor).max_crops
+        side, step, shared = CELLS_PER_SIDE, CELLS_PER_STRIDE, CELLS_PER_SIDE - CELLS_PER_STRIDE
+        row = f"{PATCH_TOKEN} then {COLUMN}"
+        return Pipeline(
+            f"{CROP} x {CROP} px for each crop and the global view: {PATCHES_PER_SIDE} x {PATCHES_PER_SIDE} patches of "
+            f"{PATCH} px, {TOKENS_PER_CROP} vision tokens",
+            (
+                "convert to RGB, 0 to 1",
+                f"choose R x C crops, at most {most}: those that enlarge the image least, or else shrink it least",
+                f"resize onto a canvas of {STRIDE} R + {MARGIN} by {STRIDE} C + {MARGIN} px, the aspect kept, bilinear "
+                "with antialiasing, centred, black around",
+                f"in front of the crops, the image in the same way on {CROP} x {CROP} px as global view, always",
+                normalise_step(MEAN, STD),
+                f"cut into crops of {CROP} x {CROP} px every {STRIDE} px: neighbours overlap by {MARGIN} px, and of "
+                f"the {shared} rows or columns of vision tokens that they share, each keeps {shared // 2}",
+            ),
+            "crops: [1] in a sweep; with the published processor (code of the checkpoint, never run here) "
+            "images_kwargs={'max_crops': 1} in the call of process. The global view stays: "
+            f"{2 * TOKENS_PER_CROP} vision tokens",
+            "transformers has no processor for it, and the published one makes one prompt at a time, (crops of all "
+            f"images, {PATCHES_PER_SIDE**2}, {3 * PATCH**2}). Padded in a batch: crops of -1 up to the most of one "
+            "prompt go through the vision tower and are zeroed behind it. Here every sample is encoded alone: no "
+            "padding",
+            True,
+            True,
+            (
+                f"before the global view: {START}",
+                f"each of its {side} rows: {side} x {row}",
+                f"behind it: {END}",
+                f"before the crops: {START}",
+                f"each of the {step}R + {shared} rows of R x C crops: ({step}C + {shared}) x {row}",
+                f"behind them: {END}",
+            ),
+        )
 
     def register_classes(self) -> None:
         import workers.models.molmoe.modeling  # noqa: F401  registers itself
@@ -205,6 +282,34 @@ class MolmoE(Family):
                 )
 
         return MolmoEProcessor()
+
+
+def _mlp_width(config: Config) -> int:
+    """Width of gate and up projection together."""
+    width = config.get("mlp_hidden_size")
+    return int(config["mlp_ratio"] * config["d_model"]) if width is None else int(width)
+
+
+def _decoder(text: Config, expert_width: int, additional_vocabulary: int) -> Decoder:
+    """Sizes of the language model; the additional vocabulary is read and never written."""
+    width, heads = text["hidden_size"], text["num_attention_heads"]
+    head_width, shared = width // heads, text.get("num_key_value_heads") or heads
+    return Decoder(
+        blocks=text["num_hidden_layers"],
+        width=width,
+        heads=heads,
+        key_value_heads=shared,
+        head_width=head_width,
+        embeddings=text["vocab_size"] + additional_vocabulary,
+        logits=text["vocab_size"],
+        tied=False,
+        mlp_width=0,
+        dense_blocks=0,
+        query_key_norms=width + shared * head_width,
+        experts=text["num_experts"],
+        top_k=text["num_experts_per_tok"],
+        expert_width=expert_width,
+    )
 
 
 FAMILY = MolmoE()

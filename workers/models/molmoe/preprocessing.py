@@ -21,10 +21,7 @@ from knobs.overlapping_crops import (
 )
 from knobs.placement import Fit, Placement, place
 from knobs.tiling import Tiling
-
-# The normalisation of OpenAI's CLIP.
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
+from workers.models.molmoe.published import MEAN, STD
 
 # Position of a vision token that the prompt has no place for.
 NO_POSITION = -100
