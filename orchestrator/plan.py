@@ -323,6 +323,8 @@ def _timed_protocol(sweep: Sweep) -> Protocol | None:
         batch_size=settings.batch_size,
         repeats=settings.repeats,
         warmup=settings.warmup,
+        max_relative_error=settings.max_relative_error,
+        max_seconds=settings.max_seconds,
     )
 
 

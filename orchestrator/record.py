@@ -126,6 +126,8 @@ class Recorder:
                 "prompt": combination.dataset.prompt,
                 "timed_output_tokens": timed and timed.max_new_tokens,
                 "timed_repeats": timed and timed.repeats,
+                "timed_max_relative_error": timed and timed.max_relative_error,
+                "timed_limit_s": timed and timed.max_seconds,
                 "timed_warmup": timed and timed.warmup,
                 "timed_batch_size": timed and timed.batch_size,
                 "scored_max_new_tokens": scored and scored.max_new_tokens,

@@ -26,13 +26,8 @@ def refuse_unavailable(sweep: Sweep) -> None:
         SpecError: with one line per such key.
     """
     problems: list[Problem] = []
-    if sweep.latency is not None:
-        if sweep.latency.batch_size != 1:
-            problems.append(sweep.problem("latency.batch_size", "only 1 is available yet"))
-        if sweep.latency.max_relative_error is not None:
-            problems.append(
-                sweep.problem("latency.max_relative_error", "is not available yet, every sample gets all repeats")
-            )
+    if sweep.latency is not None and sweep.latency.batch_size != 1:
+        problems.append(sweep.problem("latency.batch_size", "only 1 is available yet"))
     kinds: list[str] = []
     for i, entry in enumerate(sweep.hardware or ()):
         if entry.accelerator.lower() in kinds:

@@ -230,7 +230,12 @@ class Latency(Section):
     batch_size: CountInt = Field(1, description="Samples per timed batch.")
     warmup: NaturalInt = Field(1, description="Untimed runs per input shape before the timed ones.")
     max_relative_error: Fraction | None = Field(
-        None, description="Stop repeating once the 95% interval is this narrow relative to the mean; null: never early."
+        0.02,
+        description="Stop repeating once the 95 % intervals of the medians of total, prefill and TPOT are this narrow: "
+        "half-width over median; null: always all repeats.",
+    )
+    max_seconds: PositiveNumber | None = Field(
+        None, description="Start no further round of repeats of a combination after this many seconds."
     )
 
 

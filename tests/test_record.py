@@ -172,6 +172,7 @@ def test_a_row_says_how_it_was_measured_and_on_which_samples(start: Any) -> None
         "prompt": "{question}",
         "timed_output_tokens": 9,
         "timed_repeats": 2,
+        "timed_max_relative_error": 0.02,
         "timed_warmup": 1,
         "timed_batch_size": 1,
         "scored_max_new_tokens": 8,
@@ -189,8 +190,9 @@ def test_what_is_off_has_no_protocol_and_what_is_on_says_where_and_on_what(start
     (row,) = run.combinations().to_dict("records")
     (task,) = run.plan.tasks
     null = {name for name in row if name.startswith(("timed_", "scored_")) and pd.isna(row[name])}
-    timed = {"timed_output_tokens", "timed_repeats", "timed_warmup", "timed_batch_size"}
-    assert null == (timed if off == "latency" else {"scored_max_new_tokens", "scored_batch_size"})
+    timed = {name for name in row if name.startswith("timed_")}
+    # A limit in seconds is there only where a sweep sets one.
+    assert null == (timed if off == "latency" else {"scored_max_new_tokens", "scored_batch_size", "timed_limit_s"})
     assert row["samples_digest"] == fingerprint(task.samples)[:16]
     assert row["device_name"] == "Some GPU 80GB"
 

@@ -251,14 +251,12 @@ def test_everything_that_is_not_available_yet_is_refused_at_once() -> None:
         "datasets: [demo]\n"
         "latency:\n"
         "  batch_size: 2\n"
-        "  max_relative_error: 0.02\n"
         "results: s3://bucket/results\n",
         "sweep.yaml",
     )
     assert refused(refuse_unavailable, sweep) == [
         "sweep.yaml:7: latency.batch_size: only 1 is available yet",
-        "sweep.yaml:8: latency.max_relative_error: is not available yet, every sample gets all repeats",
-        "sweep.yaml:9: results: only local folders are available yet",
+        "sweep.yaml:8: results: only local folders are available yet",
     ]
 
 

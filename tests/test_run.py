@@ -200,7 +200,7 @@ def test_a_model_that_cannot_be_loaded_fails_its_tasks_at_once_and_others_are_me
             ("latency:", "hardware: [{accelerator: cpu, min_memory_gb: 99999}]\nlatency:"),
             "GB, the sweep wants 99999 GB",
         ),
-        (("repeats: 2", "max_relative_error: 0.02"), "latency.max_relative_error: is not available yet"),
+        (("repeats: 2", "max_relative_error: 2"), "latency.max_relative_error: must be a number between 0 and 1"),
         (
             ("latency:", "hardware: [{accelerator: H100}]\nlatency:"),
             "the sweep asks for H100 (sweep.yaml:8), but the cluster has: 2 CPU cores",

@@ -257,6 +257,33 @@ def test_an_answer_that_ends_by_itself(session: Session, sources: dict[str, Mode
     assert ended["output_tokens"] <= 2
 
 
+def test_repeats_end_when_the_medians_are_known(
+    session: Session, sources: dict[str, ModelSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times that are always the same end after three rounds, ever different ones after the most; rows say which."""
+    spread, pace = [1.0], [1.0]
+    real = Session._time
+
+    def planted(self: Session, *arguments: Any) -> Any:
+        spread.append(spread[-1] * pace[-1])
+        timing = real(self, *arguments)
+        steps = tuple(spread[-1] for _ in timing.decode_step_ms)
+        return replace(timing, total_ms=100 * spread[-1], prefill_ms=10 * spread[-1], decode_step_ms=steps)
+
+    monkeypatch.setattr(Session, "_time", planted)
+    protocol = replace(TIMED, repeats=6, max_relative_error=0.02)
+    for growth, rounds, reason in [(1.0, 3, "precise"), (1.5, 6, "repeats")]:
+        pace.append(growth)
+        rows = rows_of(session, task_for(sources["tiny-smolvlm"], Kind.LATENCY, samples=2, protocol=protocol))
+        assert [row["repeat"] for row in rows] == [i // 2 for i in range(2 * rounds)]
+        assert {row["stopped_by"] for row in rows} == {reason}
+        (error,) = {row["relative_error"] for row in rows}
+        assert (error < 0.02) == (reason == "precise")
+    protocol = replace(TIMED, repeats=2, max_seconds=1e-6)
+    rows = rows_of(session, task_for(sources["tiny-smolvlm"], Kind.LATENCY, samples=2, protocol=protocol))
+    assert {(row["repeat"], row["stopped_by"], row["relative_error"]) for row in rows} == {(0, "seconds", None)}
+
+
 FULL = VisionSetting("tier", "low", force_full_tokens=True)
 
 

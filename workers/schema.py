@@ -96,8 +96,11 @@ class Protocol:
     Attributes:
         max_new_tokens: accuracy: the cap on the answer, which ends at end-of-sequence; latency: the exact length.
         batch_size: samples per forward pass.
-        repeats: timed repeats per sample (latency only).
+        repeats: timed repeats per sample, at most (latency only).
         warmup: untimed runs before the first repeat of every sample (latency only).
+        max_relative_error: repeats end when the medians are known this well, see `workers.stopping`; None: never early
+            (latency only).
+        max_seconds: no further round of repeats after this much time; None: no limit (latency only).
         metric: scorer by name (accuracy only).
     """
 
@@ -105,6 +108,8 @@ class Protocol:
     batch_size: int
     repeats: int = 1
     warmup: int = 0
+    max_relative_error: float | None = None
+    max_seconds: float | None = None
     metric: str | None = None
 
 
@@ -278,6 +283,19 @@ LATENCY_COLUMNS = (
     Column("tpot_ms", _FLOAT, "ms", "decode_ms / (output_tokens - 1); null for one token"),
     Column("total_ms", _FLOAT, "ms", "start of preprocess -> last token chosen"),
     Column("residual_ms", _FLOAT, "ms", "total_ms minus all stages"),
+    Column(
+        "stopped_by",
+        _STRING,
+        "",
+        "why the repeats ended: precise, levelled_off (the noise is steady and too large), repeats or seconds",
+    ),
+    Column(
+        "relative_error",
+        _FLOAT,
+        "",
+        "half-width of the 95 % interval of the median over the median, over all repeats; the largest of total, "
+        "prefill and TPOT; counts noise between repeats, not differences between samples; null for one repeat",
+    ),
     Column("peak_memory_bytes", _INT, "byte", "peak device memory allocated while the row ran; null on a CPU"),
     Column(
         "kv_cache_bytes",
@@ -366,7 +384,9 @@ STATISTICS = {
 _MEASURED = (
     Column("prompt", _STRING, "", "template of the question"),
     Column("timed_output_tokens", _INT, "token", "fixed length of each timed answer; null if latency is off"),
-    Column("timed_repeats", _INT, "", "timed repeats asked for per sample; null if latency is off"),
+    Column("timed_repeats", _INT, "", "timed repeats per sample, at most; null if latency is off"),
+    Column("timed_max_relative_error", _FLOAT, "", "asked for relative_error; null if all repeats are made"),
+    Column("timed_limit_s", _FLOAT, "s", "no further round of repeats after this; null without a limit"),
     Column("timed_warmup", _INT, "", "untimed runs before them; null if latency is off"),
     Column("timed_batch_size", _INT, "", "samples per timed forward pass; null if latency is off"),
     Column("scored_max_new_tokens", _INT, "token", "cap on each scored answer; null if accuracy is off"),
@@ -415,6 +435,8 @@ COMBINATION_COLUMNS = (
         for statistic, meaning in STATISTICS.items()
     ),
     Column("num_timed", _INT, "", "valid timed rows behind the latency columns"),
+    Column("stopped_by", _STRING, "", "why the repeats ended; several tasks joined by commas"),
+    Column("relative_error", _FLOAT, "", "what the repeats have come to, see the latency table; the largest of tasks"),
     Column("num_invalid", _INT, "", "rows, timed or scored, left out as invalid"),
     Column("residual_fraction", _FLOAT, "", "mean of residual_ms / total_ms"),
     Column("peak_memory_bytes", _INT, "byte", "largest peak over rows; null on a CPU"),

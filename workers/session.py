@@ -10,6 +10,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -39,6 +40,10 @@ from workers.schema import (
     to_table,
 )
 from workers.scorers import scorer
+from workers.stopping import Repeats
+
+# The times whose medians have to be known well enough before repeats end.
+WATCHED = ("total_ms", "prefill_ms", "tpot_ms")
 
 # Why a row does not count, in `invalid_reasons`.
 TOKEN_MISMATCH = "token_mismatch"
@@ -133,13 +138,22 @@ class Session:
         for _ in range(vlm.engine.warm_up_rounds + task.protocol.warmup):
             for sample, image in usable:
                 self._time(task, vlm, sample, image)
-        for repeat in range(task.protocol.repeats):
+        protocol = task.protocol
+        repeats = Repeats(protocol.repeats, protocol.max_relative_error, protocol.max_seconds)
+        timed: list[dict[str, Any]] = []
+        begin, stopped = time.monotonic(), None
+        while usable and stopped is None:
+            made = []
             for sample, image in usable:
                 begun = datetime.now(UTC)
                 timing = self._time(task, vlm, sample, image)
                 row = self._row(task, vlm, sample, image.height, image.width, timing.inputs, begun)
-                rows.append(row | {"repeat": repeat, "batch_size": task.protocol.batch_size} | _timing_columns(timing))
-        return rows
+                made.append(row | {"batch_size": protocol.batch_size} | _timing_columns(timing))
+            repeats.add({name: np.array([row[name] for row in made]) for name in WATCHED if made[0][name] is not None})
+            timed += [row | {"repeat": len(timed) // len(usable)} for row in made]
+            stopped = repeats.stopped_by(time.monotonic() - begin)
+        ended = {"stopped_by": stopped and stopped.value, "relative_error": repeats.relative_error}
+        return rows + [row | ended for row in timed]
 
     def _time(self, task: Task, vlm: VisionLanguageModel, sample: Sample, image: Image.Image) -> Timing:
         question = task.dataset.prompt_for(sample.question)

@@ -37,6 +37,8 @@ def _latency_columns(rows: pd.DataFrame) -> dict[str, Any]:
     for name in SUMMARISED:
         columns |= {f"{name}_{key}": value for key, value in _summary(valid[name], valid["sample_id"]).items()}
     if len(valid):
+        columns["stopped_by"] = _only(valid["stopped_by"])
+        columns["relative_error"] = _or_none(valid["relative_error"].astype(float).max(), float)
         columns["residual_fraction"] = float((valid["residual_ms"] / valid["total_ms"]).mean())
         for name in ("peak_memory_bytes", "kv_cache_bytes"):
             columns[name] = _or_none(valid[name].max(), int)

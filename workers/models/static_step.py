@@ -126,7 +126,7 @@ class StaticStep:
         self._rotary = rotary
         # A dynamic rotary module puts another tensor in the place of its frequencies when a prompt is very long.
         self._kept_alive = list(decoder.buffers())
-        additive = decoder.config._attn_implementation == "eager"
+        additive = model.config.get_text_config(decoder=True)._attn_implementation == "eager"
         parameter = next(decoder.parameters())
         self._hidden = torch.finfo(parameter.dtype).min if additive else None
         self._dtype, device = parameter.dtype, parameter.device
