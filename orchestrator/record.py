@@ -15,7 +15,7 @@ from orchestrator.plan import Combination, Plan, Skip, digest
 from orchestrator.spec import Sweep
 from orchestrator.store import DamagedParts, Place, ResultStore
 from workers.datasets import fingerprint
-from workers.schema import SCHEMA_VERSION, Kind, Status, Task, knob_columns, to_table
+from workers.schema import SCHEMA_VERSION, Kind, Status, Task, TaskResult, knob_columns, to_table
 
 if TYPE_CHECKING:
     from orchestrator.schedule import Outcome
@@ -73,6 +73,7 @@ class Recorder:
             StoreError: the folder cannot be written.
         """
         task, result = outcome.task, outcome.result
+        self._record_environment(result)
         place = Place(task.model.name, outcome.accelerator, task.dataset.name)
         if result.status is Status.DONE:
             assert result.rows is not None
@@ -171,6 +172,12 @@ class Recorder:
         # How it ended is kept as the stamp too, so that neither a rerun nor a summary need open every part.
         stamp = f"{row['status']} {row['num_failed_rows'] or 0}"
         self._store.commit("tasks", place, task.task_id, to_table("tasks", [row]), stamp=stamp)
+
+    def _record_environment(self, result: TaskResult) -> None:
+        """What a worker runs in, once: rows name it."""
+        record = result.environment
+        if record is not None and self._store.stamp("environments", record["environment_id"]) is None:
+            self._store.commit("environments", None, record["environment_id"], to_table("environments", [record]))
 
     def _record_skip(self, skip: Skip) -> None:
         """A row per kind of device and data set, unless it is there with the same reason."""

@@ -134,13 +134,14 @@ class ResultStore:
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
-    def commit(self, table: str, place: Place, name: str, rows: pa.Table, stamp: str = "") -> None:
+    def commit(self, table: str, place: Place | None, name: str, rows: pa.Table, stamp: str = "") -> None:
         """Write `rows` as the part `name` of a table, whole or not at all; an earlier part of that name is replaced.
 
         An earlier part is replaced wherever it is, because a retry may land on another kind of device; only
         `combinations` keeps one per place.
 
         Args:
+            place: the partition; None for a table that has none.
             stamp: kept with the part and given back by `stamp`: how a task ended, or what a row was made from.
 
         Raises:
@@ -197,8 +198,8 @@ class ResultStore:
 
     # -- files ------------------------------------------------------------------------------------------------------
 
-    def _path(self, table: str, place: Place, name: str) -> Path:
-        return self.root / table / place.folder() / f"{name}.parquet"
+    def _path(self, table: str, place: Place | None, name: str) -> Path:
+        return self.root / table / (place.folder() if place else "") / f"{name}.parquet"
 
     def _index(self, table: str) -> dict[str, dict[Path, str]]:
         """Parts by name, with their stamps; read from the folder once, then kept up by `commit`."""
@@ -353,7 +354,8 @@ def _part(path: Path, table: str, columns: Sequence[str] | None = None) -> pa.Ta
         if isinstance(error, OSError) and error.errno not in (None, errno.EIO):
             raise StoreError(f"{path}: cannot be read ({_cause(error)}); see to it and run the sweep again") from None
         raise _Untrusted(f"is damaged ({_cause(error)})") from None
-    for column, folder in zip(reversed(PARTITIONS), path.parents, strict=False):
+    partitioned = path.parent.name != table
+    for column, folder in zip(reversed(PARTITIONS) if partitioned else (), path.parents, strict=False):
         value = unquote(folder.name.removeprefix(f"{column.name}="))
         part = part.add_column(0, column.name, pa.array([value] * len(part), pa.string()))
     return part

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -29,12 +30,13 @@ class Recording:
         self.replayed = 0
 
     def __call__(self, step: Callable[[], None], restore: Callable[[], None]) -> Callable[[], None]:
-        step()
-        restore()
         operations = _Operations()
-        with operations:
+        with torch.inference_mode(False), torch.no_grad():  # as on a GPU, see `CudaCapture`
             step()
-        restore()
+            restore()
+            with _WithoutValues(), operations:
+                step()
+            restore()
         self.captured += 1
 
         def replay() -> None:
@@ -42,6 +44,15 @@ class Recording:
             operations.run_again()
 
         return replay
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Refuses what hands the values of a tensor to Python without an operation of its own."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__):
+            raise RuntimeError(f"{func.__name__} waits for the device")
+        return func(*args, **(kwargs or {}))
 
 
 class _Operations(TorchDispatchMode):

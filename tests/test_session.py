@@ -62,6 +62,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSource]:
     return found
 
 
+@pytest.fixture(autouse=True)
+def quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What else runs beside the tests is no subject of this file; see test_conditions."""
+    monkeypatch.setattr("workers.session.reasons", lambda before, after: [])
+
+
 @pytest.fixture
 def session() -> Session:
     return Session("worker-1", torch.device("cpu"))
@@ -255,6 +261,42 @@ def test_an_answer_that_ends_by_itself(session: Session, sources: dict[str, Mode
     ended = rows_of(session, task)[0]
     assert ended["stop_reason"] == "eos"
     assert ended["output_tokens"] <= 2
+
+
+def test_operations_and_conditions_stand_in_timed_rows(session: Session, sources: dict[str, ModelSource]) -> None:
+    source = sources["tiny-qwen3-vl-moe"]
+    flops = {}
+    for k in (1, 2, 3):
+        task = task_for(source, Kind.LATENCY, samples=3, moe_top_k=k)
+        result = session.run(task)
+        assert result.rows is not None, result.traceback
+        rows = result.rows.to_pylist()
+        for row in rows:
+            parts = [row[f"{stage}_flops"] for stage in ("vision", "projector", "prefill", "decode")]
+            counted = row["sample_id"] in {ref.uid for ref in task.samples[:2]}
+            assert row["flops"] == (sum(parts) if counted else None)
+            assert all(part is None or part > 0 for part in parts)
+            assert row["cpu_load_others"] >= 0
+            assert row["sm_clock_mhz_start"] is None  # no GPU
+            assert result.environment is not None
+            assert row["environment_id"] == result.environment["environment_id"]
+        flops[k] = rows[0]["prefill_flops"]
+        # Every repeat of a sample has the same count.
+        assert len({row["flops"] for row in rows if row["sample_id"] == rows[0]["sample_id"]}) == 1
+    assert flops[3] - flops[2] == flops[2] - flops[1] > 0
+    (scored, *_) = rows_of(session, task_for(source))
+    assert scored["environment_id"] == result.environment["environment_id"]
+
+
+def test_what_disturbs_a_measurement_makes_its_row_invalid(
+    session: Session, sources: dict[str, ModelSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.session.reasons", lambda before, after: ["cpu_busy"])
+    rows = rows_of(session, task_for(sources["tiny-smolvlm"], Kind.LATENCY, samples=1))
+    assert {(row["status"], row["valid"], *row["invalid_reasons"]) for row in rows} == {("done", False, "cpu_busy")}
+    frame = pd.DataFrame(rows)
+    found = aggregate(frame, pd.DataFrame(columns=frame.columns))
+    assert (found["num_timed"], found["num_invalid"]) == (0, len(rows))
 
 
 def test_repeats_end_when_the_medians_are_known(
@@ -807,4 +849,5 @@ def test_a_timed_answer_never_uses_what_is_kept(
     rows_of(session, task_for(sources["tiny-smolvlm"]))
     passes = encodings(monkeypatch)
     rows_of(session, task_for(sources["tiny-smolvlm"], Kind.LATENCY, samples=2))
-    assert len(passes) == 2 * (TIMED.repeats + TIMED.warmup)
+    counted = 2  # samples on which operations are counted, once
+    assert len(passes) == 2 * (TIMED.repeats + TIMED.warmup) + counted

@@ -10,7 +10,10 @@ from typing import Any
 import pyarrow as pa
 
 from knobs.vision import VisionSetting
+from workers.columns import Column
+from workers.conditions import CONDITION_COLUMNS
 from workers.datasets import DatasetSource, SampleRef
+from workers.environment import ENVIRONMENT_COLUMNS
 
 # Raised when a column changes meaning. Old result folders stay readable; a new one is never mixed into them.
 SCHEMA_VERSION = 1
@@ -139,7 +142,10 @@ class Task:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What comes up from a worker: rows, or the reason why there are none. Never an exception."""
+    """What comes up from a worker: rows, or the reason why there are none. Never an exception.
+
+    `environment` is the row of the table environments that the rows name.
+    """
 
     task_id: str
     status: Status
@@ -148,18 +154,9 @@ class TaskResult:
     reason: str | None = None
     traceback: str | None = None
     worker: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] | None = None
     started_at: float = 0.0
     finished_at: float = 0.0
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column: its Arrow type, its unit ('' where it has none) and what it means."""
-
-    name: str
-    type: pa.DataType
-    unit: str
-    meaning: str
 
 
 _STRING, _INT, _FLOAT, _BOOL = pa.string(), pa.int64(), pa.float64(), pa.bool_()
@@ -253,6 +250,7 @@ _SAMPLE = (
     Column("status", _STRING, "", "done or failed"),
     Column("error", _STRING, "", "why a failed row failed"),
     Column("worker", _STRING, "", "worker that ran it"),
+    Column("environment_id", _STRING, "", "what it ran in: versions, code, device, flags; see the table environments"),
     Column("device_uuid", _STRING, "", "tells two GPUs of a kind apart; null on a CPU"),
     Column(
         "threads", _INT, "", "threads that torch computes with on the host: they decide preprocessing and CPU times"
@@ -304,13 +302,31 @@ LATENCY_COLUMNS = (
         "keys and values at the end of decoding: of all tokens with engine eager; with graph the room made for them, "
         "a multiple of 128 tokens",
     ),
+    *(
+        Column(
+            f"{part}flops",
+            _INT,
+            "FLOP",
+            f"{meaning}: matrix products, convolutions and attention, 2 per multiply-add, causal attention as full; "
+            "of the first samples of a task only, null for the others and where an operator cannot be counted",
+        )
+        for part, meaning in (
+            ("vision_", "floating-point operations of the vision tower"),
+            ("projector_", "of the projector"),
+            ("prefill_", "of prefill"),
+            ("decode_", "of all decode steps"),
+            ("", "of the whole answer"),
+        )
+    ),
     Column("valid", _BOOL, "", "false if something disturbed the measurement"),
     Column(
         "invalid_reasons",
         pa.list_(_STRING),
         "",
-        "what disturbed it; token_mismatch: force_full_tokens is on, and the prompt does not hold all of them",
+        "what disturbed it, see workers/validity.py; token_mismatch: force_full_tokens is on, and the prompt does not "
+        "hold all of them",
     ),
+    *CONDITION_COLUMNS,
 )
 
 ACCURACY_COLUMNS = (
@@ -344,6 +360,7 @@ IMPORTANCE_COLUMNS = (
     Column("error", _STRING, "", "why a failed row failed"),
     Column("worker", _STRING, "", "worker that ran it"),
     Column("device_name", _STRING, "", "device as its driver names it"),
+    Column("environment_id", _STRING, "", "what it ran in, see the table environments"),
     Column("started_at", _TIME, "", "wall clock at the start of its batch"),
 )
 
@@ -440,7 +457,12 @@ COMBINATION_COLUMNS = (
     Column("num_invalid", _INT, "", "rows, timed or scored, left out as invalid"),
     Column("residual_fraction", _FLOAT, "", "mean of residual_ms / total_ms"),
     Column("peak_memory_bytes", _INT, "byte", "largest peak over rows; null on a CPU"),
-    Column("flops", _FLOAT, "FLOP", "mean floating-point operations of an answer; null where not counted"),
+    Column(
+        "flops",
+        _FLOAT,
+        "FLOP",
+        "mean floating-point operations of an answer over samples counted; null if none",
+    ),
     Column("kv_cache_bytes", _INT, "byte", "largest over rows"),
     Column("energy_j", _FLOAT, "J", "energy of an answer; null where the device has no counter"),
 )
@@ -451,6 +473,7 @@ TABLES: dict[str, tuple[Column, ...]] = {
     "importance": IMPORTANCE_COLUMNS,
     "combinations": COMBINATION_COLUMNS,
     "tasks": TASK_COLUMNS,
+    "environments": ENVIRONMENT_COLUMNS,
 }
 
 

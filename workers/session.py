@@ -18,8 +18,11 @@ from knobs.errors import KnobError
 from knobs.importance import Method
 from knobs.vision import VisionLayout, VisionSetting
 from workers.candidates import importance_rows, reference_answer
+from workers.conditions import Observer, condition_columns
 from workers.datasets import Dataset, DatasetSource, Sample, SampleRef
+from workers.environment import environment
 from workers.errors import DatasetError, DeviceError, ModelError, RowMismatch, SampleError
+from workers.flops import StageFlops, count_flops
 from workers.measure import Timing, time_answer
 from workers.models.adapter import VisionLanguageModel
 from workers.models.engines import EngineUse
@@ -41,9 +44,13 @@ from workers.schema import (
 )
 from workers.scorers import scorer
 from workers.stopping import Repeats
+from workers.validity import reasons
 
 # The times whose medians have to be known well enough before repeats end.
 WATCHED = ("total_ms", "prefill_ms", "tpot_ms")
+
+# Counting takes as long as several answers, and samples of one setting differ little.
+FLOPS_COUNTED_ON = 2
 
 # Why a row does not count, in `invalid_reasons`.
 TOKEN_MISMATCH = "token_mismatch"
@@ -73,6 +80,8 @@ class Session:
         self._vlm: VisionLanguageModel | None = None
         self._datasets: dict[DatasetSource, Dataset] = {}
         self._prepared = PreparedSamples()
+        self._observer: Observer | None = None
+        self._environment: dict[str, Any] = {}
 
     def run(self, task: Task) -> TaskResult:
         """Rows of a task, or the reason why there are none; what goes wrong comes back as data."""
@@ -80,6 +89,7 @@ class Session:
         try:
             vlm = self._model(task.model)
             dataset = self._dataset(task.dataset)
+            self._environment = environment(self.device)  # after the model has come: loading may set flags
             with vlm.knobs(moe_top_k=task.knobs.moe_top_k, active_blocks=task.knobs.active_blocks):
                 rows = {
                     Kind.LATENCY: self._latency,
@@ -122,6 +132,7 @@ class Session:
             raise NotImplementedError(f"latency is timed one sample at a time, not {task.protocol.batch_size}")
         rows: list[dict[str, Any]] = []
         usable: list[tuple[Sample, Image.Image]] = []
+        flops: dict[str, dict[str, Any]] = {}
         longest = 0
         for ref in task.samples:
             try:
@@ -131,6 +142,8 @@ class Session:
             except SampleError as error:
                 rows.append(self._failed_row(task, vlm, ref, error))
                 continue
+            if len(usable) < FLOPS_COUNTED_ON:
+                flops[ref.uid] = _flops_columns(count_flops(vlm, vlm.transfer(inputs), task.protocol.max_new_tokens))
             usable.append((sample, image))
             longest = max(longest, inputs.num_prompt_tokens)
         vlm.engine.reserve(1, longest + task.protocol.max_new_tokens)
@@ -139,6 +152,7 @@ class Session:
             for sample, image in usable:
                 self._time(task, vlm, sample, image)
         protocol = task.protocol
+        observer = self._observer = self._observer or Observer(self.device)
         repeats = Repeats(protocol.repeats, protocol.max_relative_error, protocol.max_seconds)
         timed: list[dict[str, Any]] = []
         begin, stopped = time.monotonic(), None
@@ -146,9 +160,14 @@ class Session:
             made = []
             for sample, image in usable:
                 begun = datetime.now(UTC)
+                before = observer.snapshot()
                 timing = self._time(task, vlm, sample, image)
+                after = observer.snapshot()
                 row = self._row(task, vlm, sample, image.height, image.width, timing.inputs, begun)
-                made.append(row | {"batch_size": protocol.batch_size} | _timing_columns(timing))
+                why = [*row["invalid_reasons"], *reasons(before, after)]
+                row |= {"invalid_reasons": why, "valid": not why} | condition_columns(before, after)
+                row |= {"batch_size": protocol.batch_size} | flops.get(sample.ref.uid, {})
+                made.append(row | _timing_columns(timing))
             repeats.add({name: np.array([row[name] for row in made]) for name in WATCHED if made[0][name] is not None})
             timed += [row | {"repeat": len(timed) // len(usable)} for row in made]
             stopped = repeats.stopped_by(time.monotonic() - begin)
@@ -209,6 +228,7 @@ class Session:
                 "method": method.value,
                 "worker": self.name,
                 "device_name": self.found.name,
+                "environment_id": self._environment.get("environment_id"),
                 "started_at": datetime.now(UTC),
             }
             ready: list[PreparedSample] = []
@@ -264,7 +284,7 @@ class Session:
         begun: datetime,
     ) -> dict[str, Any]:
         layout = vlm.card.geometry.layout(height, width, task.knobs.vision)
-        reasons = [TOKEN_MISMATCH] if _lacks_tokens(layout, inputs, task.knobs.vision) else []
+        lacking = [TOKEN_MISMATCH] if _lacks_tokens(layout, inputs, task.knobs.vision) else []
         promised = (
             {}
             if layout is None
@@ -293,8 +313,8 @@ class Session:
                 "actual_vision_tokens": inputs.num_vision_tokens,
                 "prompt_tokens": inputs.num_prompt_tokens,
                 "status": Status.DONE.value,
-                "valid": not reasons,
-                "invalid_reasons": reasons,
+                "valid": not lacking,
+                "invalid_reasons": lacking,
                 "started_at": begun,
             }
         )
@@ -325,6 +345,7 @@ class Session:
             "engine": model.engine,
             "schema_version": SCHEMA_VERSION,
             "worker": self.name,
+            "environment_id": self._environment.get("environment_id"),
             "device_uuid": self.found.uuid,
             "threads": self.found.threads,
             "niceness": self.found.niceness,
@@ -332,7 +353,15 @@ class Session:
 
     def _result(self, task: Task, started: float, status: Status, **outcome: Any) -> TaskResult:
         found = {"worker": self.name, "host": self.found.host, "device_name": self.found.name}
-        return TaskResult(task.task_id, status, worker=found, started_at=started, finished_at=time.time(), **outcome)
+        return TaskResult(
+            task.task_id,
+            status,
+            worker=found,
+            environment=self._environment or None,
+            started_at=started,
+            finished_at=time.time(),
+            **outcome,
+        )
 
 
 def _lacks_tokens(layout: VisionLayout | None, inputs: Inputs, setting: VisionSetting) -> bool:
@@ -374,6 +403,16 @@ def _timing_columns(timing: Timing) -> dict[str, Any]:
 def _engine_columns(used: EngineUse | None) -> dict[str, Any]:
     """What really decoded, in place of what was asked for."""
     return {} if used is None else {"engine": used.engine, "engine_note": used.note}
+
+
+def _flops_columns(flops: StageFlops) -> dict[str, Any]:
+    return {
+        "vision_flops": flops.vision,
+        "projector_flops": flops.projector,
+        "prefill_flops": flops.prefill,
+        "decode_flops": flops.decode,
+        "flops": flops.total,
+    }
 
 
 def _batches(samples: Sequence[SampleRef], size: int) -> Iterator[Sequence[SampleRef]]:

@@ -22,7 +22,7 @@ from knobs.block_tree import Blocks, CandidateRun, block_list, plan_candidates
 from knobs.configuration import entries_of
 from knobs.stack import BlockStack, stack_of
 from workers.models.adapter import VisionLanguageModel
-from workers.models.engines import EagerEngine
+from workers.models.engines import decoding_eagerly
 
 Result = TypeVar("Result")
 
@@ -59,7 +59,7 @@ def run_candidates(
         runs = plan_candidates(candidates, num_blocks)
     prefix = SharedPrefix(vlm.decoder)
     for planned in runs:
-        with _decoding_eagerly(vlm), vlm.knobs(active_blocks=planned.blocks), prefix.during(planned):
+        with decoding_eagerly(vlm), vlm.knobs(active_blocks=planned.blocks), prefix.during(planned):
             result = run()
         yield planned.blocks, result
 
@@ -155,13 +155,3 @@ def _blocks_are_linked(decoder: Any) -> bool:
     """Whether blocks read what earlier ones have left elsewhere than in their output, so that both have to run."""
     stack = stack_of(entries_of(decoder.config), len(decoder.layers))
     return stack != BlockStack(stack.num_blocks, attention=stack.attention)
-
-
-@contextmanager
-def _decoding_eagerly(vlm: VisionLanguageModel) -> Iterator[None]:
-    engine = vlm.engine
-    vlm.engine = EagerEngine(vlm.model)
-    try:
-        yield
-    finally:
-        vlm.engine = engine

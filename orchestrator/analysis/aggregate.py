@@ -37,6 +37,8 @@ def _latency_columns(rows: pd.DataFrame) -> dict[str, Any]:
     for name in SUMMARISED:
         columns |= {f"{name}_{key}": value for key, value in _summary(valid[name], valid["sample_id"]).items()}
     if len(valid):
+        counted = valid.drop_duplicates("sample_id")["flops"].dropna()
+        columns["flops"] = float(counted.astype(float).mean()) if len(counted) else None
         columns["stopped_by"] = _only(valid["stopped_by"])
         columns["relative_error"] = _or_none(valid["relative_error"].astype(float).max(), float)
         columns["residual_fraction"] = float((valid["residual_ms"] / valid["total_ms"]).mean())

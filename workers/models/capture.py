@@ -42,7 +42,7 @@ class CudaCapture:
     def __call__(self, step: Callable[[], None], restore: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         stream = _side_stream(self._device)
-        # Not in inference mode: what the generator of random numbers keeps for a graph could then only be replayed in it.
+        # Not in inference mode: a graph whose generator of random numbers was made in it can only be replayed in it.
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(self._device):
             stream.wait_stream(torch.cuda.current_stream())
             # Entered here as well as by `torch.cuda.graph`, which does not leave its stream when a capture fails.

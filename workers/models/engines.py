@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,3 +114,14 @@ class EagerState(DecodeState):
         )
         chosen: torch.Tensor = output.logits[:, -1].argmax(-1, keepdim=True)
         return chosen
+
+
+@contextmanager
+def decoding_eagerly(vlm: Any) -> Iterator[None]:
+    """Decode with the eager engine inside the block, whatever `vlm` (a loaded model with its `engine`) has."""
+    engine = vlm.engine
+    vlm.engine = EagerEngine(vlm.model)
+    try:
+        yield
+    finally:
+        vlm.engine = engine

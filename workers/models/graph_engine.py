@@ -39,6 +39,7 @@ class GraphEngine(Engine):
         self.decoder = decoder
         self.warm_up_rounds = 0 if make_capture is None else 1
         self.begun = 0
+        self._config = model.config.get_text_config(decoder=True)
         self._make_capture = make_capture
         self._capture: Capture | None = None
         # Looked for once: going through all modules takes a millisecond, which would be one of every prefill.
@@ -91,7 +92,7 @@ class GraphEngine(Engine):
     def give_up(self, error: Exception) -> str:
         """A capture has failed: all that follows under this setting of the knobs is decoded eagerly. Returns why."""
         self.clear()
-        config = self.decoder.config
+        config = self._config
         back_ends = f"attention {config._attn_implementation}"
         if self._routers:
             back_ends += f", experts {config._experts_implementation}"
@@ -123,7 +124,7 @@ class GraphEngine(Engine):
 
     def _setting_now(self) -> Hashable:
         """All that is switched in place on a model and fixed by a capture; read off it, whoever has switched it."""
-        config = self.decoder.config
+        config = self._config
         return (
             tuple(layer.__dict__.get("forward") for layer in self.decoder.layers),
             tuple(getattr(router, "top_k", None) for router in self._routers),
@@ -133,17 +134,21 @@ class GraphEngine(Engine):
 
     def _why_not(self) -> str | None:
         """Why nothing can be captured under this setting, as far as that can be told without trying."""
-        config = self.decoder.config
+        config = self._config
         if self._make_capture is None:
             return "a CPU has no CUDA graphs"
         if config._attn_implementation not in MASKED_ATTENTION:
             return f"attention {config._attn_implementation} takes no fixed mask (sdpa does)"
-        if config._experts_implementation == "eager" and self._routers:
+        # Experts that have no back-ends call theirs eager too, whatever it does.
+        if config._experts_implementation == "eager" and self._routers and self._experts_have_back_ends():
             return "experts eager waits for the device at every block (grouped_mm and batched_mm do not)"
         kinds = {type(layer) for layer in DynamicCache(config=config).layers}
         if other := sorted(kind.__name__ for kind in kinds - {DynamicLayer}):
             return f"the model has blocks without plain full attention ({', '.join(other)})"
         return None
+
+    def _experts_have_back_ends(self) -> bool:
+        return bool(getattr(self.decoder, "_can_set_experts_implementation", bool)())
 
     def _why_not_as_long(self, capacity: int) -> str | None:
         trained = min((getattr(module, "original_max_seq_len", 0) for module in self._rotary), default=capacity)
