@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,14 +14,14 @@ import pandas as pd
 
 from knobs.beam import BeamSearch, Value
 from knobs.block_tree import Blocks, single_ablations
-from knobs.blocks import refuse_blocks
+from knobs.blocks import prefix_blocks, refuse_blocks
 from knobs.errors import KnobError
 from knobs.importance import FIRST_AND_LAST, BlockScores, Method, kept_blocks, select_blocks
 from knobs.score_files import read_scores, write_scores
 from knobs.vision import VisionSetting
 from orchestrator.analysis.importance import block_scores, candidate_values
 from orchestrator.plan import BlockChoice, FirstBlocks, PlannedDataset, PlannedModel, digest, distinct, task_identity
-from orchestrator.spec import BlockSelection, SpecError, Sweep
+from orchestrator.spec import SpecError, Sweep
 from workers.schema import Kind, Knobs, Protocol, Task
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 # Samples of one task: small, so that every worker gets some, and fixed, so that the task stays what it is when there
 # are more workers or more samples.
 SAMPLES_PER_TASK = 16
+# Samples per forward pass; fixed, because it decides how answers are rounded, and so which task it is.
+BATCH_SIZE = 8
 DEFAULT_WIDTH = 3
 
 
@@ -41,6 +44,17 @@ class HighestScores:
 
     def blocks(self, count: int) -> tuple[int, ...]:
         return select_blocks(self.scores, count, self.keep)
+
+    def is_unclear(self, count: int) -> bool:
+        """Whether the least important block that runs and the most important one that does not are as good as equal."""
+        chosen = [block for block in self.blocks(count) if block not in self.keep]
+        left_out = [block for block in range(self.scores.num_blocks) if block not in {*chosen, *self.keep}]
+        if not chosen or not left_out:
+            return False
+        worst = min(chosen, key=lambda block: self.scores.scores[block])
+        best = max(left_out, key=lambda block: self.scores.scores[block])
+        errors = [self.scores.standard_errors[block] or 0.0 for block in (worst, best)]
+        return self.scores.scores[worst] - self.scores.scores[best] <= math.hypot(*errors)
 
 
 @dataclass(frozen=True)
@@ -65,6 +79,27 @@ class NotChosen:
         raise KnobError(self.reason)
 
 
+@dataclass(frozen=True)
+class StandIn:
+    """The first blocks, until a choice is made, where `keep` allows so few."""
+
+    num_blocks: int
+    kept: frozenset[int]
+
+    def blocks(self, count: int) -> tuple[int, ...]:
+        if count < len(self.kept):
+            raise KnobError(_too_few(count, self.kept))
+        return prefix_blocks(count, self.num_blocks)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What came of choosing: the choice for every model, by `PlannedModel.key`, and whether anything failed."""
+
+    by_model: Mapping[str, BlockChoice]
+    failed: bool
+
+
 class Unfinished(Exception):
     """Tasks are left that a choice rests on; the same command goes on from there."""
 
@@ -78,7 +113,6 @@ class Question:
         method: what is measured; for a search, its objective.
         keep: blocks that are never left out; -1 is the last.
         search: its settings, or None where scores of single blocks decide.
-        batch_size: samples per forward pass.
     """
 
     sweep: str
@@ -87,7 +121,6 @@ class Question:
     method: Method
     keep: tuple[int, ...]
     search: BeamSearch | None
-    batch_size: int
     name: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
@@ -105,7 +138,7 @@ class Question:
         scored = self.method is Method.ACCURACY_DROP
         protocol = Protocol(
             max_new_tokens=self.dataset.max_new_tokens if scored else 1,
-            batch_size=self.batch_size,
+            batch_size=BATCH_SIZE,
             metric=self.dataset.source.metric if scored else None,
         )
         samples = self.dataset.choosing
@@ -145,7 +178,8 @@ class Question:
 
     def scores(self, rows: pd.DataFrame) -> BlockScores:
         """The score of every block, and what it rests on."""
-        about = {"model": self.model.card.fingerprint, "dataset": self.dataset.source.name}
+        asked = str(len(self.dataset.choosing))
+        about = {"model": self.model.card.fingerprint, "dataset": self.dataset.source.name, "samples_asked": asked}
         return block_scores(rows, self.method, self.model.card.num_blocks, about)
 
     def _candidates(self, rows: pd.DataFrame) -> list[Blocks] | None:
@@ -175,46 +209,49 @@ def questions(sweep: Sweep, models: Sequence[PlannedModel], datasets: Sequence[P
         SpecError: the sweep selects blocks by a data set that it does not have, or keeps blocks that a model lacks.
     """
     selection = sweep.block_selection
-    if selection.method in ("prefix", "importance"):
+    if not selection.num_samples:
         return []
     dataset = _dataset(sweep, datasets)
     found = []
     for model in distinct(models).values():
-        counts = _counts(sweep, model.card.num_blocks)
+        num_blocks = model.card.num_blocks
+        kept = _kept(sweep, model)
+        counts = [level for level in _counts(sweep, num_blocks) if level >= len(kept)]
         if not counts:
             continue
-        keep = FIRST_AND_LAST if selection.keep is None else selection.keep
-        try:
-            kept_blocks(keep, model.card.num_blocks)
-            search = _search(selection, model.card.num_blocks, counts, keep)
-        except KnobError as error:
-            raise SpecError([sweep.problem("block_selection", f"{model.card.name}: {error}")]) from None
+        keep = tuple(sorted(kept))
+        search = None
+        if selection.method == "beam":
+            search = BeamSearch(num_blocks, selection.width or DEFAULT_WIDTH, num_blocks - min(counts), keep)
         objective = selection.method if search is None else selection.objective or "nll"
         method = Method.ACCURACY_DROP if objective == "accuracy" else Method(objective)
-        batch_size = sweep.accuracy.batch_size if sweep.accuracy else 16
-        found.append(Question(sweep.name, model, dataset, method, tuple(keep), search, batch_size))
+        found.append(Question(sweep.name, model, dataset, method, keep, search))
     return found
 
 
 def choices_known(sweep: Sweep, models: Sequence[PlannedModel]) -> dict[str, BlockChoice]:
     """The choice for every model, by `PlannedModel.key`, that needs nothing measured: first blocks, or a score file.
 
+    Where something has to be measured, a stand-in.
+
     Raises:
-        SpecError: the score file cannot be read, or is not for this model.
+        SpecError: the score file cannot be read, or is not for this model; a block to keep that a model lacks.
     """
     selection = sweep.block_selection
-    if selection.method != "importance":
-        return {model.key: FirstBlocks(model.card.num_blocks) for model in models}
     found: dict[str, BlockChoice] = {}
-    keep = FIRST_AND_LAST if selection.keep is None else selection.keep
     for model in models:
-        path = _score_file(sweep, model.card.name)
-        try:
-            scores = read_scores(path, model.card.num_blocks, model.card.fingerprint)
-            kept_blocks(keep, model.card.num_blocks)
-        except KnobError as error:
-            raise SpecError([sweep.problem("block_selection.scores", str(error))]) from None
-        found[model.key] = HighestScores(scores, keep)
+        num_blocks = model.card.num_blocks
+        if selection.method == "prefix":
+            found[model.key] = FirstBlocks(num_blocks)
+        elif selection.method != "importance":
+            found[model.key] = StandIn(num_blocks, _kept(sweep, model))
+        else:
+            kept = _kept(sweep, model)
+            try:
+                scores = read_scores(_score_file(sweep, model.card.name), num_blocks, model.card.fingerprint)
+            except KnobError as error:
+                raise SpecError([sweep.problem("block_selection.scores", str(error))]) from None
+            found[model.key] = HighestScores(scores, tuple(sorted(kept)))
     return found
 
 
@@ -224,48 +261,82 @@ def choose_blocks(
     datasets: Sequence[PlannedDataset],
     root: Path,
     measure: Callable[[Sequence[Task]], Recorder],
-) -> dict[str, BlockChoice]:
-    """The choice for every model, by `PlannedModel.key`; measures what has to be known and writes down the outcome.
+    report: Callable[[str], None] = print,
+) -> Choices:
+    """Measure what has to be known, choose, and write down what it came to.
 
     All models are asked about side by side, a round after the other.
 
     Args:
         root: the result folder; scores and sets go below it, into `block_scores`.
         measure: runs tasks.
+        report: is told every choice, in a line.
 
     Raises:
         SpecError: see `questions` and `choices_known`.
         Unfinished: tasks are left, because the run was interrupted.
     """
     asked = questions(sweep, models, datasets)
-    rows: dict[str, pd.DataFrame] = {question.name: pd.DataFrame() for question in asked}
     found = choices_known(sweep, models)
+    rows: dict[str, pd.DataFrame] = {question.name: pd.DataFrame() for question in asked}
+    failed = False
+    waiting = []
     for question in asked:
         if reason := question.cannot_be_asked():
             found[question.model.key] = NotChosen(reason)
-    waiting = [question for question in asked if not question.cannot_be_asked()]
+        else:
+            waiting.append(question)
     while waiting:
         rounds = {question.name: question.tasks(rows[question.name]) for question in waiting}
-        recorder = measure([task for tasks in rounds.values() for task in tasks])
-        if recorder.todo():
-            raise Unfinished("interrupted while blocks were chosen")
-        measured, failures = recorder.importance_rows(), recorder.failures()
+        measured, failures, some_failed = _measured([t for tasks in rounds.values() for t in tasks], measure)
+        failed |= some_failed
         again = []
         for question in waiting:
             ids = {task.task_id for task in rounds[question.name]}
-            failed = failures[failures["task_id"].isin(ids)] if len(failures) else failures
-            rows[question.name] = pd.concat(
-                [rows[question.name], measured[measured["task_id"].isin(ids)]], ignore_index=True
-            )
-            if len(failed):
-                found[question.model.key] = NotChosen(f"its blocks could not be chosen: {failed['reason'].iloc[0]}")
+            reasons = failures.loc[failures["task_id"].isin(ids), "reason"] if len(failures) else failures
+            mine = measured[measured["task_id"].isin(ids)]
+            rows[question.name] = pd.concat([rows[question.name], mine], ignore_index=True)
+            if len(reasons):
+                found[question.model.key] = NotChosen(f"its blocks could not be chosen: {reasons.iloc[0]}")
             elif any(task.task_id not in ids for task in question.tasks(rows[question.name])):
                 again.append(question)
+                continue
             else:
                 # Nothing further is asked, or the same again, because samples have failed.
                 found[question.model.key] = _concluded(question, rows[question.name], root)
+            report(_in_a_line(question, found[question.model.key], _counts(sweep, question.model.card.num_blocks)))
         waiting = again
-    return found
+    return Choices(found, failed or any(isinstance(choice, NotChosen) for choice in found.values()))
+
+
+def _measured(
+    tasks: Sequence[Task], measure: Callable[[Sequence[Task]], Recorder]
+) -> tuple[pd.DataFrame, pd.DataFrame, bool]:
+    """Rows of the tasks, why tasks failed, and whether any task or row did. A part found damaged is measured again."""
+    for _ in range(2):
+        recorder = measure(tasks)
+        rows, failures = recorder.importance_rows(), recorder.failures()
+        if not recorder.todo():  # asked last: reading may find a part that is damaged
+            return rows, failures, bool(len(failures) or recorder.failed_rows())
+    raise Unfinished("interrupted while blocks were chosen")
+
+
+def _in_a_line(question: Question, choice: BlockChoice, counts: Sequence[int]) -> str:
+    """What was chosen, on what, and whether the scores could tell."""
+    if isinstance(choice, NotChosen):
+        return f"blocks   {question}: {choice.reason}"
+    chosen, unclear = [], []
+    for count in sorted(set(counts)):
+        try:
+            chosen.append(f"{count} are {', '.join(map(str, choice.blocks(count)))}")
+        except KnobError:
+            continue  # it is skipped, and the plan says why
+        if isinstance(choice, HighestScores) and choice.is_unclear(count):
+            unclear.append(count)
+    line = f"blocks   {question}: of {question.model.card.num_blocks}, {'; '.join(chosen)}"
+    if unclear:
+        line += f"; for {', '.join(map(str, unclear))} the scores on both sides of the cut are within a standard error"
+    return line
 
 
 def choices_so_far(
@@ -310,13 +381,15 @@ def _concluded(question: Question, rows: pd.DataFrame, root: Path) -> BlockChoic
 
 
 def _written_down(question: Question, root: Path) -> BlockChoice | None:
+    """What an earlier run has come to; None if there is nothing, or nothing that can be read: then it is made again."""
     path = _record_path(question, root)
-    if not path.is_file():
+    try:
+        if question.search is None:
+            return HighestScores(read_scores(path, question.model.card.num_blocks), question.keep)
+        sets = json.loads(path.read_text())["sets"]
+        return BestSets({len(entry["blocks"]): tuple(entry["blocks"]) for entry in sets})
+    except (KnobError, OSError, ValueError, KeyError, TypeError):
         return None
-    if question.search is None:
-        return HighestScores(read_scores(path, question.model.card.num_blocks), question.keep)
-    sets = json.loads(path.read_text())["sets"]
-    return BestSets({len(entry["blocks"]): tuple(entry["blocks"]) for entry in sets})
 
 
 def _record_path(question: Question, root: Path) -> Path:
@@ -337,15 +410,22 @@ def _best_sets(question: Question, rows: pd.DataFrame) -> list[dict[str, Any]]:
     ]
 
 
-def _search(
-    selection: BlockSelection, num_blocks: int, counts: Sequence[int], keep: Sequence[int]
-) -> BeamSearch | None:
-    if selection.method != "beam":
-        return None
-    # Numbers that keep forbids are skipped one by one, with the reason.
-    removable = num_blocks - max(1, len(kept_blocks(keep, num_blocks)))
-    depth = min(num_blocks - min(counts), removable)
-    return BeamSearch(num_blocks, selection.width or DEFAULT_WIDTH, depth, tuple(keep))
+def _kept(sweep: Sweep, model: PlannedModel) -> frozenset[int]:
+    """The blocks of a model that always run.
+
+    Raises:
+        SpecError: the model does not have one of them.
+    """
+    keep = sweep.block_selection.keep
+    try:
+        return kept_blocks(FIRST_AND_LAST if keep is None else keep, model.card.num_blocks)
+    except KnobError as error:
+        raise SpecError([sweep.problem("block_selection.keep", f"{model.card.name}: {error}")]) from None
+
+
+def _too_few(count: int, kept: frozenset[int]) -> str:
+    named = ", ".join(map(str, sorted(kept)))
+    return f"active_blocks {count}: keep alone names {len(kept)} blocks ({named})"
 
 
 def _counts(sweep: Sweep, num_blocks: int) -> list[int]:

@@ -58,8 +58,12 @@ class Recorder:
 
     def catch_up(self) -> None:
         """Write what a killed run may have left out: skips, rows of finished tasks, rows of complete combinations."""
-        for skip in self._plan.skips:
-            self._record_skip(skip)
+        current = {name for skip in self._plan.skips for name in self._record_skip(skip)}
+        if self._plan.combinations:
+            # What an earlier plan could not run and this one can, or no longer asks for, is not skipped any more.
+            for name in self._store.finished("tasks") - current - self._tasks.keys():
+                if (self._store.stamp("tasks", name) or "").startswith(f"{Status.SKIPPED.value}:"):
+                    self._store.discard("tasks", name)
         for task in self._plan.tasks:
             if task.task_id in self.done and self._ended(task.task_id)[0] != Status.DONE:
                 self._record_recovered(task)
@@ -179,18 +183,21 @@ class Recorder:
         if record is not None and self._store.stamp("environments", record["environment_id"]) is None:
             self._store.commit("environments", None, record["environment_id"], to_table("environments", [record]))
 
-    def _record_skip(self, skip: Skip) -> None:
-        """A row per kind of device and data set, unless it is there with the same reason."""
+    def _record_skip(self, skip: Skip) -> list[str]:
+        """A row per kind of device and data set, unless it is there with the same reason; the names of all of them."""
+        names = []
         row = {"sweep": self._sweep.name, "status": Status.SKIPPED.value, "reason": skip.reason}
         stamp = f"{Status.SKIPPED.value}: {skip.reason}"
         for accelerator in self._plan.accelerators:
             for dataset in self._plan.datasets:
                 name = digest({"skip": [skip.model, accelerator, dataset, {k: str(v) for k, v in skip.point.items()}]})
+                names.append(name)
                 if self._store.stamp("tasks", name) == stamp:
                     continue
                 row |= {"task_id": name, **_requested_knobs(skip.point)}
                 place = Place(skip.model, accelerator, dataset)
                 self._store.commit("tasks", place, name, to_table("tasks", [row]), stamp=stamp)
+        return names
 
     def _record_recovered(self, task: Task) -> None:
         """A run died between the part and its task row; what the part says is still known, its times are not."""

@@ -214,8 +214,8 @@ def _dataset(
 ) -> PlannedDataset:
     """A data set with its samples, and `to_choose` more to choose blocks on.
 
-    Those come after the samples that are scored, so that what is chosen is not judged by what chose it; where the data
-    set has not enough of them, the scored ones are taken too.
+    Those come from the other end of the draw, so that what is chosen is not judged by what chose it; where the data set
+    is too small for both, some are scored too.
     """
     source = resolve_source(
         name=entry.name,
@@ -233,13 +233,12 @@ def _dataset(
     cap = entry.max_new_tokens or (preset.max_new_tokens if preset else DEFAULT_MAX_NEW_TOKENS)
     try:
         opened = Dataset.open(source, offline=offline)
-        wanted = None if entry.samples is None else entry.samples + to_choose
-        drawn = tuple(opened.select(wanted, entry.seed))
+        samples = tuple(opened.select(entry.samples, entry.seed))
+        choosing = tuple(opened.select_last(to_choose, entry.seed))
     except NotDownloaded as error:
         stand_ins = tuple(SampleRef(f"{source.name}:{source.split}:?{i}", "?") for i in range(entry.samples or 1))
         return PlannedDataset(source, stand_ins, cap, stand_ins[:to_choose], not_here=str(error))
-    samples, others = drawn[: entry.samples], drawn[len(drawn) if entry.samples is None else entry.samples :]
-    return PlannedDataset(source, samples, cap, (*others, *samples)[:to_choose])
+    return PlannedDataset(source, samples, cap, choosing)
 
 
 def _folder_of(sweep: Sweep) -> Path:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.block_choice import NotChosen, Unfinished, choices_so_far, choose_blocks
+from orchestrator.block_choice import Unfinished, choices_so_far, choose_blocks
 from orchestrator.plan import Plan, make_plan
 from orchestrator.resolve import accelerators_wanted, planned_models, refuse_unavailable, resolve
 from orchestrator.spec import SpecError, Sweep, load_sweep
@@ -30,6 +30,7 @@ from workers.probes import local_accelerators
 if TYPE_CHECKING:
     from orchestrator.record import Recorder
     from orchestrator.schedule import Scheduler
+    from workers.schema import Task
 
 DONE, SOME_FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 READER_GONE = 141  # what a shell reports of a program whose reader, such as `head`, has closed the pipe
@@ -106,15 +107,19 @@ def run(sweep: Sweep, root: Path, address: str | None, retry_failed: bool) -> in
             def measure(plan: Plan) -> Recorder:
                 return _measure(sweep, plan, store, scheduler, retry_failed)
 
-            choices = choose_blocks(sweep, models, datasets, root, lambda tasks: measure(Plan.of_tasks(tasks)))
-            plan = make_plan(sweep, models, datasets, accelerators, choices)
-            if not plan.tasks:
+            def measure_blocks(tasks: Sequence[Task]) -> Recorder:
+                recorder = measure(Plan.of_tasks(tasks))
+                print_failures(recorder.failures(), recorder.failed_rows(), recorder.failed_samples())
+                return recorder
+
+            choices = choose_blocks(sweep, models, datasets, root, measure_blocks)
+            plan = make_plan(sweep, models, datasets, accelerators, choices.by_model)
+            if not plan.tasks and not choices.failed:
                 what = "nothing to run, no model of the sweep can take any of the combinations"
                 print_plan(plan, accelerators, (), ())
                 raise SpecError([sweep.problem("knobs", what)])
             recorder = measure(plan)
-        unchosen = any(isinstance(choice, NotChosen) for choice in choices.values())
-        return _conclude(sweep, recorder, store, interrupted=interruption(), unresolved=unchosen)
+        return _conclude(sweep, recorder, store, interrupted=interruption(), unresolved=choices.failed)
     except Unfinished as unfinished:
         print(f"{unfinished}; the same command goes on from there")
         print_place(store.root)

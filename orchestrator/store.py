@@ -159,6 +159,18 @@ class ResultStore:
                 del parts[earlier]
         parts[path] = stamp
 
+    def discard(self, table: str, name: str) -> None:
+        """Remove a part wherever it is; nothing happens if there is none.
+
+        Raises:
+            StoreError: it cannot be removed.
+        """
+        for path in self._index(table).pop(name, {}):
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise StoreError(f"{path}: cannot be removed ({_cause(error)})") from None
+
     # -- reading ----------------------------------------------------------------------------------------------------
 
     def finished(self, table: str) -> set[str]:

@@ -46,10 +46,11 @@ def print_questions(questions: Sequence[Question]) -> None:
 def print_plan(plan: Plan, accelerators: Collection[str], done: Collection[str], failed: Collection[str]) -> None:
     """Combinations, tasks, what is dropped or skipped and why, and what earlier runs have done."""
     if not plan.combinations and plan.tasks and all(task.kind is Kind.IMPORTANCE for task in plan.tasks):
-        methods = ", ".join(dict.fromkeys(f"{task.model.name} by {task.method}" for task in plan.tasks))
-        lists = sum(len(task.candidates) for task in plan.tasks)
+        models = ", ".join(dict.fromkeys(task.model.name for task in plan.tasks))
+        lists = max(len(task.candidates) for task in plan.tasks)
+        each = f" of up to {lists} block lists each" if lists else ""
         print(
-            f"choosing blocks: {methods}; {_count(len(plan.tasks), 'task')}, {lists} block lists; "
+            f"choosing blocks of {models}: {_count(len(plan.tasks), 'task')}{each}; "
             f"{len(done)} done, {len(failed)} failed before"
         )
         return

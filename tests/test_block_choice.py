@@ -65,6 +65,9 @@ class Pretended:
     def todo(self) -> list[Task]:
         return list(self.tasks) if self.left else []
 
+    def failed_rows(self) -> int:
+        return 0
+
     def failures(self) -> pd.DataFrame:
         failed = [{"task_id": self.tasks[0].task_id, "reason": "out of memory"}] if self.failed else []
         return pd.DataFrame(failed, columns=["task_id", "reason"])
@@ -88,6 +91,9 @@ class Pretended:
         return pd.DataFrame(rows)
 
 
+SAID: list[str] = []  # the lines of the last choice
+
+
 def choose(
     spec: Sweep, root: Path, recorder: Callable[..., Any] = Pretended
 ) -> tuple[dict[str, Any], list[Sequence[Task]]]:
@@ -97,7 +103,11 @@ def choose(
         rounds.append(tasks)
         return recorder(tasks)
 
-    return choose_blocks(spec, *resolved(spec), root, measure), rounds
+    said: list[str] = []
+    choices = choose_blocks(spec, *resolved(spec), root, measure, said.append)
+    assert len(said) == len(asked(spec))
+    SAID[:] = said
+    return dict(choices.by_model), rounds
 
 
 # -- what is asked ----------------------------------------------------------------------------------------------------
@@ -141,6 +151,7 @@ def test_more_samples_leave_the_first_tasks_what_they_were() -> None:
         sweep("{method: nll, samples: 50}"),
         sweep("{method: nll}", models="tiny-internvl"),
         sweep("{method: nll, keep: [0]}"),
+        sweep("{method: similarity}"),
         sweep("{method: beam}"),
         sweep("{method: beam, width: 4}"),
         sweep("{method: beam, objective: accuracy}"),
@@ -163,12 +174,15 @@ def test_blocks_are_chosen_on_samples_that_are_not_scored_as_far_as_there_are_an
     (short,) = asked(sweep("{method: nll, samples: 40}", samples=80))  # 96 in all
     assert len(set(short.dataset.choosing) & set(short.dataset.samples)) == 24
     assert str(short).endswith("over 40 samples of demo, 24 of them among those scored")
+    # Scoring more later leaves the question what it was.
+    assert short.name == question.name
+    assert [t.task_id for t in short.tasks(pd.DataFrame())] == [t.task_id for t in question.tasks(pd.DataFrame())]
     everything = parse_sweep(
         "name: a\nmodels: [tiny-smolvlm]\ndatasets: [demo]\nknobs: {active_blocks: [3]}\n"
         "block_selection: {method: nll, samples: 5}\n"
     )
     (question,) = asked(everything)
-    assert question.dataset.choosing == question.dataset.samples[:5]
+    assert question.dataset.choosing == question.dataset.samples[:-6:-1]
 
 
 def test_a_data_set_that_the_sweep_does_not_have() -> None:
@@ -177,7 +191,7 @@ def test_a_data_set_that_the_sweep_does_not_have() -> None:
 
 
 def test_a_block_to_keep_that_the_model_does_not_have() -> None:
-    with pytest.raises(SpecError, match=r"block_selection: tiny-smolvlm: keep 7: the model has blocks 0 to 5"):
+    with pytest.raises(SpecError, match=r"block_selection\.keep: tiny-smolvlm: keep 7: the model has blocks 0 to 5"):
         asked(sweep("{method: nll, keep: [0, 7]}"))
 
 
@@ -190,7 +204,9 @@ def test_the_highest_scores_are_kept_with_first_and_last(tmp_path: Path) -> None
     ((_, choice),) = choices.items()
     assert isinstance(choice, HighestScores)
     assert choice.scores.scores == pytest.approx([WORTH[b] for b in ALL_SIX])
-    assert choice.scores.about["samples"] == "40"
+    assert (choice.scores.about["samples"], choice.scores.about["samples_asked"]) == ("40", "40")
+    (line,) = SAID
+    assert line == ("blocks   tiny-smolvlm: nll over 40 samples of demo: of 6, 3 are 0, 2, 5; 4 are 0, 2, 4, 5")
     assert [choice.blocks(n) for n in (3, 4, 6)] == [(0, 2, 5), (0, 2, 4, 5), ALL_SIX]
     assert len(rounds) == 1
     # Written down, and the next dry run knows it.
@@ -259,6 +275,59 @@ def test_fewer_blocks_than_are_kept_are_skipped(tmp_path: Path) -> None:
     assert [skip.reason for skip in points.skips] == ["active_blocks 1: keep alone names 2 blocks (0, 5)"]
 
 
+def test_scores_that_cannot_tell_are_said_to(tmp_path: Path) -> None:
+    """Equal scores on both sides of the cut, and unequal ones within their errors."""
+
+    class Equal(Pretended):
+        def importance_rows(self) -> pd.DataFrame:
+            return super().importance_rows().assign(value=1.0)
+
+    choose(sweep("{method: nll}"), tmp_path, Equal)
+    assert SAID[0].endswith("; for 3, 4 the scores on both sides of the cut are within a standard error")
+    scores = BlockScores((9.0, 1.0, 2.0, 1.9, 0.5, 9.0), (0.1, 0.1, 0.1, 0.1, 0.1, 0.1))
+    choice = HighestScores(scores, (0, 5))
+    assert [choice.is_unclear(count) for count in (2, 3, 4, 5, 6)] == [False, True, False, False, False]
+
+
+def test_a_part_that_turns_out_damaged_is_measured_again(tmp_path: Path) -> None:
+    """Read first, asked second: what is left then must not pass for the whole."""
+    seen: list[int] = []
+
+    class Damaged(Pretended):
+        def importance_rows(self) -> pd.DataFrame:
+            seen.append(1)
+            rows = super().importance_rows()
+            self.left = len(seen) == 1
+            return rows[rows["task_id"] != self.tasks[0].task_id] if self.left else rows
+
+    choices, rounds = choose(sweep("{method: nll, samples: 40}"), tmp_path, Damaged)
+    (choice,) = choices.values()
+    assert (len(rounds), choice.scores.about["samples"]) == (2, "40")
+
+
+@pytest.mark.parametrize("selection", ["{method: nll}", "{method: beam}"])
+@pytest.mark.parametrize("content", ["", "garbage", '{"sets": ['])
+def test_a_damaged_record_is_no_record(tmp_path: Path, selection: str, content: str) -> None:
+    spec = sweep(selection)
+    choose(spec, tmp_path)
+    (file,) = (tmp_path / "block_scores").iterdir()
+    file.write_text(content)
+    known, unknown = choices_so_far(spec, *resolved(spec), tmp_path)
+    assert len(unknown) == 1
+    assert [choice.blocks(3) for choice in known.values()] == [(0, 1, 2)]  # stands in
+
+
+def test_numbers_that_keep_forbids_are_not_measured_for(tmp_path: Path) -> None:
+    spec = sweep("{method: nll, keep: [0, 1, 2, 3]}", blocks="[2, 3]")
+    choices, rounds = choose(spec, tmp_path)
+    assert rounds == []
+    models, _ = resolved(spec)
+    points = expand(spec, models[0].card, choices[models[0].key])
+    assert [skip.reason for skip in points.skips] == [
+        f"active_blocks {n}: keep alone names 4 blocks (0, 1, 2, 3)" for n in (2, 3)
+    ]
+
+
 # -- score files ------------------------------------------------------------------------------------------------------
 
 
@@ -313,7 +382,7 @@ def test_a_sweep_measures_then_chooses_then_runs(
     dry = run(nll, "--dry-run")
     assert "note: blocks are chosen first, tiny-qwen3-vl-moe: nll over 6 samples of demo (1 task); until then" in dry
     out = run(nll)
-    assert "choosing blocks: tiny-qwen3-vl-moe by nll; 1 task, 7 block lists; 0 done, 0 failed before" in out
+    assert "choosing blocks of tiny-qwen3-vl-moe: 1 task of up to 7 block lists each; 0 done, 0 failed before" in out
     (file,) = (tmp_path / "chosen" / "block_scores").iterdir()
     scores = read_scores(file, 6)
     expected = select_blocks(scores, 3)
@@ -330,7 +399,9 @@ def test_a_sweep_measures_then_chooses_then_runs(
     assert (tasks["kind"] == "importance").sum() == 1
 
     # Again: nothing is measured; another sweep reuses the file; a dry run knows the blocks.
-    assert "choosing blocks: tiny-qwen3-vl-moe by nll; 1 task, 7 block lists; 1 done, 0 failed before" in run(nll)
+    assert "choosing blocks of tiny-qwen3-vl-moe: 1 task of up to 7 block lists each; 1 done, 0 failed before" in run(
+        nll
+    )
     assert f"active_blocks=3 [{', '.join(map(str, expected))}]".replace("0, 1,", "0-1,") in run(nll, "--dry-run")
     reused = run(f"{{method: importance, scores: {file}}}")
     assert "choosing blocks" not in reused
@@ -386,7 +457,7 @@ def test_a_broken_sample_is_a_failed_row_and_the_others_decide(tmp_path: Path) -
     assert result.rows is not None, result.traceback
     frame = result.rows.to_pandas()
     failed = frame[frame["status"] == "failed"]
-    assert list(failed["sample_id"]) == [task.samples[1].uid]
+    assert list(failed["sample_id"]) == [task.samples[2].uid]  # the second drawn, the last but one chosen on
     assert "cannot be decoded" in failed["error"].iloc[0]
     scores = question.scores(frame[frame["status"] == "done"])
     assert scores.about["samples"] == "3"
@@ -395,7 +466,7 @@ def test_a_broken_sample_is_a_failed_row_and_the_others_decide(tmp_path: Path) -
 def test_a_choice_that_nothing_is_left_for_ends_with_exit_code_1(
     cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    entry = questions_about_pictures(tmp_path, 3, broken=[2])
+    entry = questions_about_pictures(tmp_path, 3, broken=[2])  # the last one is chosen on
     (tmp_path / "sweep.yaml").write_text(
         f"name: chosen\nmodels: [tiny-smolvlm]\ndatasets: [{entry}, samples: 2}}]\n"
         "knobs: {active_blocks: [3, 6]}\nblock_selection: {method: nll, samples: 1}\n"
@@ -405,6 +476,7 @@ def test_a_choice_that_nothing_is_left_for_ends_with_exit_code_1(
     out = capsys.readouterr().out
     assert code == SOME_FAILED
     reason = "its blocks could not be chosen: no sample has a value of nll for each of 6 blocks"
+    assert "failed   1 sample in 1 row:\n         own:" in out
     assert f"skipped  tiny-smolvlm: active_blocks=3: {reason}" in out
     rows = pd.read_parquet(tmp_path / "r" / "chosen" / "combinations")
     assert [len(blocks) for blocks in rows["active_blocks"]] == [6]

@@ -97,6 +97,13 @@ class Dataset:
             raise ValueError(f"cannot choose {n} samples")
         return [self._ref(uid) for uid in sample_order(self._row_of, seed)[:n]]
 
+    def select_last(self, n: int, seed: int) -> list[SampleRef]:
+        """The last `n` samples in the order of `select`, the last one first: as far as possible none of the first ones.
+
+        They stay what they are however many are chosen from the front. Reads the chosen rows only.
+        """
+        return [self._ref(uid) for uid in sample_order(self._row_of, seed)[::-1][:n]]
+
     def sample(self, uid: str) -> Sample:
         """Read one sample. Raises SampleError if this row is unusable; other rows are unaffected."""
         row_index = self._row_of.get(uid)
