@@ -357,6 +357,10 @@ def test_selection_is_nested_and_complete(tmp_path: Path) -> None:
     assert dataset.select(5, 3) == everything[:5]
     assert dataset.select(99, 3) == everything
     assert dataset.select(5, 4) != everything[:5]
+    # From the other end, so that the two meet last and neither moves the other.
+    assert dataset.select_last(5, 3) == everything[:-6:-1]
+    assert dataset.select_last(99, 3) == everything[::-1]
+    assert dataset.select_last(0, 3) == []
     with pytest.raises(ValueError, match="cannot choose -1"):
         dataset.select(-1, 0)
 

@@ -590,6 +590,19 @@ def test_a_skip_is_a_row_with_a_reason_beside_the_tasks(start: Any) -> None:
     assert run.recorder.failures().empty
 
 
+def test_a_skip_that_a_later_plan_has_no_longer_is_gone(start: Any) -> None:
+    """What could not be run then and can now, or is not asked for any more, must not stand beside its results."""
+    start(sweep(knobs="{active_blocks: [6, 7, 8]}"))
+    run: Run = start(sweep(knobs="{active_blocks: [6, 8]}"))
+    run.all_done()
+    rows = stored(run.root, "tasks")
+    assert list(rows.loc[rows["status"] == "skipped", "num_active_blocks"]) == [8]
+    assert (rows["status"] == "done").sum() == 2
+    # Tasks without combinations, such as those that choose blocks, know nothing of skips and leave them.
+    Recorder(run.store, sweep(), Plan.of_tasks([])).catch_up()
+    assert (stored(run.root, "tasks")["status"] == "skipped").sum() == 1
+
+
 def test_a_sweep_of_nothing_but_skips_says_why(start: Any) -> None:
     run: Run = start(sweep(knobs="{active_blocks: [7]}"))
     assert run.recorder.todo() == []
