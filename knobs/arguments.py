@@ -6,6 +6,7 @@ import argparse
 import re
 from dataclasses import replace
 
+from knobs.crop_grid import canvas_of
 from knobs.errors import KnobError
 from knobs.tiling import ASPECT_DISTANCES
 from knobs.vision import VISION_AXES, VisionGeometry, VisionSetting
@@ -84,7 +85,14 @@ def _destination(axis: str) -> str:
 
 def height_and_width(text: str) -> tuple[int, int]:
     """Pixels from `HEIGHTxWIDTH`, for argparse."""
-    found = re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", text)
-    if found is None:
+    size = canvas_of(text)
+    if size is None:
         raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH in pixels such as 480x640, got {text!r}")
-    return int(found[1]), int(found[2])
+    return size
+
+
+def count(text: str) -> int:
+    """A whole number from 0 on, for argparse."""
+    if re.fullmatch(r"[0-9]{1,9}", text) is None:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 on, got {text!r}")
+    return int(text)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, cast
 
-from knobs.vision import VisionGeometry
+from knobs.errors import KnobError
+from knobs.vision import VisionGeometry, VisionLayout, VisionSetting
 
 # Models live one layer up, and this package never imports from there: its commands are handed what is named here.
 DESCRIBE = "workers.models:describe"
@@ -91,6 +92,27 @@ def described(name: str) -> DescribedModel:
     describe = cast(Callable[..., DescribedModel], pkgutil.resolve_name(DESCRIBE))
     # Random weights: nothing is known of the published ones that is asked here, and they would have to be digested.
     return describe(name, random_weights=True)
+
+
+def refuse_unknown(model: DescribedModel) -> None:
+    """Raises:
+    KnobError: the files of the model do not say how it cuts images; the message says which is missing.
+    """
+    if model.geometry.unknown is not None:
+        raise KnobError(f"{model.name}: {model.geometry.unknown}")
+
+
+def layout_of(model: DescribedModel, height: int, width: int, setting: VisionSetting) -> VisionLayout:
+    """The closed form for an image of `height` x `width` pixels.
+
+    Raises:
+        KnobError: the family of the model has none, or too little is known of the model.
+    """
+    refuse_unknown(model)
+    layout = model.geometry.layout(height, width, model.geometry.complete(setting))
+    if layout is None:
+        raise KnobError(f"{model.name}: its family has no closed form; its own image processor decides")
+    return layout
 
 
 def padded_images(counts: list[int]) -> tuple[int, int]:

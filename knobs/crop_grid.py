@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,10 +17,8 @@ from knobs.tiling import (
     select_crops_for_tier,
     tiling_mismatch,
 )
-from knobs.vision import NATIVE, VisionLayout, VisionSetting, as_int, refuse_options
+from knobs.vision import BY_ASPECT, NATIVE, VisionLayout, VisionSetting, as_int, refuse_options
 
-# Axes on which the tiling of an image is chosen by its aspect.
-_BY_ASPECT = ("vision_tokens", "crops", "tier")
 # Grids and crop counts that a table of settings shows.
 _SHOWN_TILINGS: tuple[Tiling, ...] = ((1, 1), (2, 1), (2, 2), (2, 3), (3, 3), (3, 4))
 _SHOWN_CROPS = (1, 2, 4, 6, 9, 12)
@@ -90,6 +89,7 @@ class CropGridGeometry(ABC):
 
     dial: str | None = None
     options: tuple[str, ...] = ("resize_to_fill",)
+    unknown: str | None = None
 
     @property
     @abstractmethod
@@ -177,7 +177,7 @@ class CropGridGeometry(ABC):
         return f"no grid of {crops} crops has at most {self.grid.most_per_side} rows and columns"
 
     def complete(self, setting: VisionSetting) -> VisionSetting:
-        by_aspect = setting.knob in _BY_ASPECT
+        by_aspect = setting.knob in BY_ASPECT
         full = setting.force_full_tokens
         return replace(
             setting,
@@ -272,7 +272,5 @@ class CropGridGeometry(ABC):
 
 def canvas_of(value: int | str | None) -> tuple[int, int] | None:
     """Height and width in pixels of an image_size such as `560x336`, or None if it is not one."""
-    sides = str(value).split("x")
-    if len(sides) != 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
-        return None
-    return int(sides[0]), int(sides[1])
+    found = re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", str(value))
+    return None if found is None else (int(found[1]), int(found[2]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import textwrap
@@ -13,12 +14,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from knobs.arguments import add_setting, check, height_and_width, setting_of, with_options
-from knobs.card import DescribedModel, described, padded_images
+from knobs.arguments import add_setting, check, count, height_and_width, setting_of, with_options
+from knobs.card import DescribedModel, described, layout_of, padded_images, refuse_unknown
 from knobs.errors import KnobError, UnusableModel
 from knobs.picture_files import picture_sizes
 from knobs.placement import fit_of
-from knobs.vision import NATIVE, VisionLayout, VisionSetting
+from knobs.printing import print_lines
+from knobs.vision import NATIVE, VisionSetting
 
 Size = tuple[int, int]
 
@@ -33,15 +35,14 @@ _FITS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print what was asked for; 0, or 2 where the model has no such setting or there is no such model."""
+    """Print what was asked for; 0, or 2 where there is no such model or setting of it; see `print_lines`."""
     arguments = _parser().parse_args(argv)
     try:
-        for line in _answer(arguments):
-            print(line)
+        lines = list(_answer(arguments))  # all of them first: a mistake is one line, with no header above it
     except (KnobError, UnusableModel) as error:
         print(f"knobs.explain: {error}", file=sys.stderr)
         return 2
-    return 0
+    return print_lines(lines)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     image = parser.add_mutually_exclusive_group()
     image.add_argument("--image-size", type=height_and_width, metavar="HxW", help="the image, height x width in pixels")
     image.add_argument("--images", type=Path, metavar="FOLDER", help="a folder of images: means over all of them")
-    parser.add_argument("--text-tokens", type=int, default=0, metavar="N", help="tokens of the question, added up")
+    parser.add_argument("--text-tokens", type=count, default=0, metavar="N", help="tokens of the question, added up")
     parser.add_argument("--card", action="store_true", help="describe the model instead")
     parser.add_argument("--json", action="store_true", help="a JSON object per setting (and image size), one per line")
     return parser
@@ -64,6 +65,7 @@ def _answer(arguments: argparse.Namespace) -> Iterable[str]:
     model = described(arguments.model)
     if arguments.card:
         return [json.dumps(_card_fields(model))] if arguments.json else _card_lines(model)
+    refuse_unknown(model)
     settings, one = _settings(model, arguments)
     if arguments.images is not None:
         return _folder(model, settings, arguments)
@@ -92,13 +94,6 @@ def _settings(model: DescribedModel, arguments: argparse.Namespace) -> tuple[lis
     return possible, False
 
 
-def _layout(model: DescribedModel, size: Size, setting: VisionSetting) -> VisionLayout:
-    layout = model.geometry.layout(*size, model.geometry.complete(setting))
-    if layout is None:
-        raise KnobError(f"{model.name}: its family has no closed form; its own image processor decides")
-    return layout
-
-
 # -- one image --------------------------------------------------------------------------------------------------------
 
 
@@ -108,7 +103,7 @@ def fields(model: DescribedModel, setting: VisionSetting, size: Size, text_token
     Raises:
         KnobError: the family of the model has no closed form.
     """
-    layout = _layout(model, size, setting)
+    layout = layout_of(model, *size, setting)
     image_tokens = layout.prompt_vision_tokens + layout.special_tokens
     return {
         "model": model.name,
@@ -127,7 +122,7 @@ def fields(model: DescribedModel, setting: VisionSetting, size: Size, text_token
 
 
 def _in_words(model: DescribedModel, setting: VisionSetting, size: Size, text_tokens: int) -> Iterable[str]:
-    layout = _layout(model, size, setting)
+    layout = layout_of(model, *size, setting)
     rows, columns = layout.tiling
     passes, crops = layout.tower_passes, layout.num_crops
     view = ", and a global view" if passes > crops else ""
@@ -166,7 +161,7 @@ def _table(model: DescribedModel, settings: Sequence[VisionSetting], size: Size,
 
 def _overview(model: DescribedModel, settings: Sequence[VisionSetting]) -> Iterable[str]:
     """A line per setting, a column per reference size."""
-    layouts = [[_layout(model, size, setting) for size in REFERENCE_SIZES] for setting in settings]
+    layouts = [[layout_of(model, *size, setting) for size in REFERENCE_SIZES] for setting in settings]
     both = any(found.vision_tokens != found.prompt_vision_tokens for line in layouts for found in line)
     counts = "vision tokens of the tower (theoretical) / in the prompt (actual)" if both else "vision tokens"
     yield f"{model.name}: rows x columns of crops and {counts}, by image size (height x width)"
@@ -216,7 +211,6 @@ def _over_images(
     model: DescribedModel, setting: VisionSetting, sizes: Sequence[Size], text_tokens: int
 ) -> dict[str, Any]:
     every = [fields(model, setting, size, text_tokens) for size in sizes]
-    mismatches = sorted(row["aspect_mismatch"] for row in every)
     counted = Counter(row["num_crops"] for row in every)
     averaged = (
         "num_crops",
@@ -232,10 +226,16 @@ def _over_images(
         "setting": str(setting),
         "num_images": len(every),
         **{f"{name}_mean": statistics.fmean(row[name] for row in every) for name in averaged},
-        # The smallest value that 95 % of the images do not exceed.
-        "aspect_mismatch_p95": mismatches[min(len(mismatches) - 1, -(-95 * len(mismatches) // 100) - 1)],
+        "aspect_mismatch_p95": _quantile([row["aspect_mismatch"] for row in every], 0.95),
         "num_crops_distribution": {str(crops): counted[crops] for crops in sorted(counted)},
     }
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    """By linear interpolation, as the validation of a run has it."""
+    ascending, place = sorted(values), share * (len(values) - 1)
+    below, above = ascending[math.floor(place)], ascending[math.ceil(place)]
+    return below + (above - below) * (place - math.floor(place))
 
 
 def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterable[str]:

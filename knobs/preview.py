@@ -14,11 +14,12 @@ from pathlib import Path
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from knobs.arguments import add_setting, check, setting_of, with_options
-from knobs.card import DescribedModel, described
+from knobs.card import DescribedModel, described, refuse_unknown
 from knobs.crop_grid import canvas_of
 from knobs.errors import KnobError, UnusableModel
 from knobs.preview_page import page
 from knobs.preview_panel import panel_of
+from knobs.printing import print_lines
 from knobs.vision import NATIVE, VisionSetting, as_int
 
 # As for the images of a sweep: Pillow warns above this many pixels.
@@ -43,11 +44,12 @@ _DECODE_ERRORS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the picture; 0, or 2 where the image, the model, the setting or the place of the picture is no good."""
+    """Write the picture; 0, or 2 where the image, the model, the setting or the place is no good; see `print_lines`."""
     arguments = _parser().parse_args(argv)
     try:
         _check_out(arguments.out, arguments.image)
         model = described(arguments.model)
+        refuse_unknown(model)
         settings = settings_of(model, arguments)
         image = read_picture(arguments.image)
         panels = [panel_of(model, setting, image.height, image.width) for setting in settings]
@@ -55,8 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KnobError, UnusableModel) as error:
         print(f"knobs.preview: {error}", file=sys.stderr)
         return 2
-    print(arguments.out)
-    return 0
+    return print_lines([str(arguments.out)])
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from knobs.canvas_parts import CanvasParts, canvas_parts, view_parts
-from knobs.card import DescribedModel
+from knobs.card import DescribedModel, layout_of
 from knobs.crop_grid import CropGridGeometry
-from knobs.errors import KnobError
 from knobs.placement import Fit, fit_of
 from knobs.vision import VisionLayout, VisionSetting
 
@@ -42,13 +41,11 @@ def panel_of(model: DescribedModel, setting: VisionSetting, height: int, width: 
     """What a setting makes of an image of `height` x `width` pixels.
 
     Raises:
-        KnobError: the family of the model has no closed form.
+        KnobError: see `knobs.card.layout_of`.
     """
     geometry = model.geometry
     complete = geometry.complete(setting)
-    layout = geometry.layout(height, width, complete)
-    if layout is None:
-        raise KnobError(f"{model.name}: its family has no closed form; its own image processor decides")
+    layout = layout_of(model, height, width, complete)
     margin = geometry.grid.margin if isinstance(geometry, CropGridGeometry) else 0
     fit = fit_of(complete)
     parts = canvas_parts(height, width, layout, fit, margin)

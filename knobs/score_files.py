@@ -58,7 +58,7 @@ def read_scores(path: Path, num_blocks: int, model: str | None = None) -> BlockS
     """
     _check_format(path)
     if not path.is_file():
-        raise KnobError(f"{path}: no such file of block scores; correct the path, or leave it out to measure them")
+        raise KnobError(f"{path}: no such file of block scores; correct the path, or choose method nll to measure them")
     found, method, about = _read_json(path) if path.suffix == ".json" else _read_parquet(path)
     written_for = about.get("model")
     if model is not None and written_for is not None and written_for != model:
@@ -79,7 +79,7 @@ def _read_json(path: Path) -> tuple[list[_Entry], Method | None, dict[str, str]]
     try:
         # As pairs, because a block that is named twice would otherwise be lost silently.
         pairs = json.loads(path.read_text(), object_pairs_hook=list)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise KnobError(f"{path}: cannot be read as JSON ({_first_line(error)}); write it anew") from error
     if not isinstance(pairs, list) or any(not isinstance(pair, tuple) for pair in pairs):
         raise KnobError(f'{path}: expected an object of scores by block, like {{"0": 0.31, "1": 0.02}}')
@@ -93,11 +93,29 @@ def _read_parquet(path: Path) -> tuple[list[_Entry], Method | None, dict[str, st
         raise KnobError(f"{path}: cannot be read as Parquet ({_first_line(error)}); write it anew") from error
     if lacking := [name for name in ("block", "score") if name not in table.column_names]:
         raise KnobError(f"{path}: no column {' and '.join(lacking)} among {', '.join(table.column_names)}")
+    kind = table.schema.field("block").type
+    if not pa.types.is_integer(kind):
+        named = "text" if pa.types.is_string(kind) or pa.types.is_large_string(kind) else str(kind)
+        raise KnobError(f"{path}: the indices in its column block are {named}, not whole numbers; write them as such")
     errors = table["standard_error"].to_pylist() if "standard_error" in table.column_names else [None] * len(table)
     entries = list(zip(table["block"].to_pylist(), table["score"].to_pylist(), errors, strict=True))
-    written = json.loads((table.schema.metadata or {}).get(_METADATA, b"{}"))
-    method = written.get("method")
-    return entries, Method(method) if method in list(Method) else None, written.get("about", {})
+    method, about = _origin(path, (table.schema.metadata or {}).get(_METADATA, b"{}"))
+    return entries, method, about
+
+
+def _origin(path: Path, written: bytes) -> tuple[Method | None, dict[str, str]]:
+    """How the scores of a Parquet file were measured, and on what, as far as its metadata say so."""
+    try:
+        origin = json.loads(written)
+    except (ValueError, RecursionError):
+        origin = None
+    about = origin.get("about", {}) if isinstance(origin, dict) else None
+    if not isinstance(origin, dict) or not isinstance(about, dict):
+        raise KnobError(
+            f"{path}: its metadata {_METADATA.decode()} are not the JSON object they should be; remove them"
+        )
+    method = origin.get("method")
+    return Method(method) if method in list(Method) else None, about
 
 
 def _by_block(
@@ -120,11 +138,14 @@ def _by_block(
 
 
 def _index(key: str) -> int | str:
-    return int(key) if key.isdecimal() else key
+    return int(key) if key.isdecimal() and len(key) < 10 else key
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False
 
 
 def _listed(blocks: Sequence[Any]) -> str:

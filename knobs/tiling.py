@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,9 +37,13 @@ class Tier:
     mismatch_threshold: float = MISMATCH_THRESHOLD
 
     def __post_init__(self) -> None:
-        allowed = range(self.min_crops, self.max_crops + 1)
-        if self.min_crops < 1 or not self.preferred_crops or not set(self.preferred_crops) <= set(allowed):
-            raise ValueError(f"tier {self.name}: preferred_crops must be some of {list(allowed)}, all of them above 0")
+        # Compared, not listed: a range may be as long as somebody likes to write it.
+        within = all(self.min_crops <= crops <= self.max_crops for crops in self.preferred_crops)
+        if self.min_crops < 1 or not self.preferred_crops or not within:
+            raise ValueError(
+                f"tier {self.name}: preferred_crops must be some of {self.min_crops} to {self.max_crops}, all of them "
+                "above 0"
+            )
 
 
 TIERS = {
@@ -54,7 +59,7 @@ TIERS = {
 def grids(crops: int, most_per_side: int | None = None) -> list[Tiling]:
     """Every tiling of exactly `crops` crops with at most `most_per_side` rows and columns, fewer rows first."""
     most = crops if most_per_side is None else most_per_side
-    return [(r, crops // r) for r in range(1, crops + 1) if crops % r == 0 and max(r, crops // r) <= most]
+    return [(r, crops // r) for r in range(1, min(crops, most) + 1) if crops % r == 0 and crops // r <= most]
 
 
 def exact_tiling(
@@ -112,7 +117,10 @@ def select_crops_for_tier(
         ValueError: no count of the tier has a grid within `most_per_side`.
     """
 
-    def candidates(counts: list[int]) -> list[tuple[int, Tiling, float]]:
+    # Beyond this no count has a grid.
+    most = tier.max_crops if most_per_side is None else min(tier.max_crops, most_per_side**2)
+
+    def candidates(counts: Iterable[int]) -> list[tuple[int, Tiling, float]]:
         found = []
         for crops in counts:
             if grids(crops, most_per_side):
@@ -120,11 +128,11 @@ def select_crops_for_tier(
                 found.append((crops, tiling, tiling_mismatch(image_h, image_w, tiling, aspect_distance)))
         return found
 
-    preferred = candidates(list(tier.preferred_crops))
+    preferred = candidates(tier.preferred_crops)
     best = min(preferred, key=lambda c: c[2], default=None)
     if best is not None and best[2] < tier.mismatch_threshold:
         return best
-    others = candidates([n for n in range(tier.min_crops, tier.max_crops + 1) if n not in tier.preferred_crops])
+    others = candidates(n for n in range(tier.min_crops, most + 1) if n not in tier.preferred_crops)
     competing = ([] if best is None else [best]) + others
     if not competing:
         raise ValueError(f"tier {tier.name}: none of its crop counts has a grid of at most {most_per_side} a side")

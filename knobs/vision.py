@@ -12,6 +12,9 @@ NATIVE = "native"
 # Every vision axis a sweep may name; a sweep uses one of them, or none (native).
 VISION_AXES = ("image_size", "vision_tokens", "tier", "crops", "longest_edge", "tiles")
 
+# Those under which the tiling of an image is chosen by its aspect.
+BY_ASPECT = ("vision_tokens", "crops", "tier")
+
 # Axes of their own beside it, where a family has them.
 VISION_OPTIONS = ("force_full_tokens", "resize_to_fill")
 
@@ -40,7 +43,7 @@ class VisionSetting:
 
     def __str__(self) -> str:
         words = [self.knob if self.value is None else f"{self.knob}={self.value}"]
-        if self.aspect_distance == "log":
+        if self.aspect_distance == "log" and self.knob in BY_ASPECT:
             words.append("aspect_distance=log")
         if self.force_full_tokens:
             words.append("force_full_tokens=true")
@@ -86,6 +89,10 @@ class VisionGeometry(Protocol):
     def options(self) -> tuple[str, ...]:
         """The axes of VISION_OPTIONS that this family has."""
 
+    @property
+    def unknown(self) -> str | None:
+        """Why nothing is known of how this model cuts images, and the remedy; None where that is known."""
+
     def refuse(self, setting: VisionSetting) -> str | None:
         """Why this family cannot take `setting`, or None if it can."""
 
@@ -107,6 +114,7 @@ class NativeGeometry:
 
     axes: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    unknown: str | None = None
 
     def refuse(self, setting: VisionSetting) -> str | None:
         if setting.knob != NATIVE:
@@ -124,6 +132,17 @@ class NativeGeometry:
 
     def pinned(self, setting: VisionSetting) -> VisionLayout | None:
         return None
+
+
+class UnknownGeometry(NativeGeometry):
+    """Of a model whose files do not say how it cuts images: native as for any other, whatever its family has."""
+
+    def __init__(self, reason: str) -> None:
+        self.unknown = reason
+
+    def refuse(self, setting: VisionSetting) -> str | None:
+        lacking = setting.knob != NATIVE or refuse_options(setting, self.options) is not None
+        return self.unknown if lacking else None
 
 
 def refuse_options(setting: VisionSetting, options: tuple[str, ...]) -> str | None:

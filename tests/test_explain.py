@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from PIL import Image
 
 from knobs.explain import main
-from workers.models import REGISTERED
+from knobs.vision import VisionSetting
+from workers.models import REGISTERED, describe
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -157,7 +159,8 @@ def test_a_folder_of_images_is_read_by_its_headers(explain: Any, tmp_path: Path)
     # 36 for 2 x 3 crops, 44 for 3 x 2, of which there are two: the turned one is upright.
     assert line["special_tokens_mean"] == pytest.approx((36 + 2 * 44) / 3)
     assert line["aspect_mismatch_mean"] == pytest.approx((0.0652 + 2 * 0.0303) / 3, abs=1e-3)
-    assert line["aspect_mismatch_p95"] == pytest.approx(0.0652, abs=1e-3)
+    # Nine tenths of the way from the second of three to the last.
+    assert line["aspect_mismatch_p95"] == pytest.approx(0.0303 + 0.9 * (0.0652 - 0.0303), abs=1e-3)
     shown = explain(*flags).splitlines()
     assert shown[0] == f"molmoe-1b: means over 3 images in {tmp_path}, 1 other files left out"
     assert shown[2].split()[:3] == ["tier=medium", "6.0", "7.0"]
@@ -178,6 +181,14 @@ def test_a_folder_of_images_is_read_by_its_headers(explain: Any, tmp_path: Path)
         (["--model", "smolvlm2-2.2b", "--force-full-tokens"], "this family has no force_full_tokens"),
         (["--model", "molmoe-1b", "--tier", "huge"], "tier=huge: tier must be one of low, medium, high"),
         (["--model", "molmoe-1b", "--resize-to", "560"], "image_size=560: image_size must be HEIGHTxWIDTH in pixels"),
+        (
+            ["--model", "molmoe-1b", "--resize-to", "²x336"],
+            "image_size=²x336: image_size must be HEIGHTxWIDTH in pixels",
+        ),
+        (
+            ["--model", "molmoe-1b", "--resize-to", f"{'9' * 400}x336"],
+            "image_size must be HEIGHTxWIDTH in pixels",
+        ),
         (["--model", "molmoe-1b", "--images", "/no/such/folder"], "--images: there is no folder /no/such/folder"),
         (["--model", "molmoe-1b", "--images", str(REPOSITORY / "knobs")], "--images: no file in "),
     ],
@@ -197,6 +208,113 @@ def test_at_most_one_setting_and_a_size_that_is_one(capsys: pytest.CaptureFixtur
             main(["--model", "molmoe-1b", *wrong])
         assert stopped.value.code == 2
     assert "must be HEIGHTxWIDTH in pixels such as 480x640, got '480'" in capsys.readouterr().err
+
+
+def test_the_text_has_no_fewer_than_no_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong in ("-4", "²", "1.5"):
+        with pytest.raises(SystemExit) as stopped:
+            main(["--model", "molmoe-1b", "--text-tokens", wrong])
+        assert stopped.value.code == 2
+        assert f"must be a whole number from 0 on, got '{wrong}'" in capsys.readouterr().err
+
+
+def test_the_distance_is_named_where_it_decides(explain: Any) -> None:
+    flags = ("--model", "smolvlm2-2.2b", "--image-size", "480x640", "--aspect-distance", "log", "--json")
+    for line in objects(explain(*flags)):
+        by_aspect = line["setting"].split("=")[0] in ("vision_tokens", "crops", "tier")
+        assert ("aspect_distance=log" in line["setting"]) == by_aspect
+
+
+def test_the_percentile_is_that_of_the_validation(explain: Any, tmp_path: Path) -> None:
+    for width in range(100, 800, 70):
+        Image.new("L", (width, 300)).save(tmp_path / f"{width}.png")
+    for tier in ("low", "high"):
+        flags = ("--model", "molmoe-1b", "--tier", tier, "--json")
+        (line,) = objects(explain(*flags, "--images", str(tmp_path)))
+        each = [objects(explain(*flags, "--image-size", f"300x{width}"))[0] for width in range(100, 800, 70)]
+        expected = pd.Series([one["aspect_mismatch"] for one in each]).quantile(0.95)
+        assert line["aspect_mismatch_p95"] == pytest.approx(expected)
+
+
+def test_a_reader_that_leaves_is_no_mistake() -> None:
+    command = [sys.executable, "-m", "knobs.explain", "--model", "molmoe-1b"]
+    ran = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert ran.stdout is not None
+    assert ran.stderr is not None
+    ran.stdout.close()
+    assert ran.stderr.read() == ""
+    ran.stderr.close()
+    assert ran.wait() == 141
+
+
+def small_folder(folder: Path, **changes: dict[str, Any]) -> Path:
+    """A checkpoint of tiny-smolvlm without its weights; a file named in `changes` gets these entries."""
+    model = describe("tiny-smolvlm", random_weights=True)
+    for file, content in (("config", model.config), ("preprocessor_config", model.preprocessor)):
+        (folder / f"{file}.json").write_text(json.dumps({**content, **changes.get(file, {})}))
+    return folder
+
+
+@pytest.mark.parametrize("flags", [[], ["--tier", "low"], ["--image-size", "480x640"], ["--json"]])
+def test_a_folder_that_does_not_say_how_it_cuts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, flags: list[str]
+) -> None:
+    folder = small_folder(tmp_path)
+    (folder / "preprocessor_config.json").unlink()
+    assert main(["--model", str(folder), *flags]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err == (
+        f"knobs.explain: {folder}: the folder has no preprocessor_config.json, so nothing is known of how it cuts "
+        "images; copy it from the base model\n"
+    )
+    assert main(["--model", str(folder), "--card"]) == 0
+
+
+def test_native_alone_is_left_where_nothing_is_known(tmp_path: Path) -> None:
+    folder = small_folder(tmp_path)
+    (folder / "preprocessor_config.json").unlink()
+    geometry = describe(str(folder), random_weights=True).geometry
+    assert geometry.refuse(VisionSetting()) is None
+    assert geometry.layout(480, 640, VisionSetting()) is None
+    for wrong in (VisionSetting("tier", "low"), VisionSetting(resize_to_fill=True)):
+        assert str(geometry.refuse(wrong)).startswith("the folder has no preprocessor_config.json, so nothing is known")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"preprocessor_config": {"max_image_size": 7}},
+            "in its configuration max_image_size is 7, not an object with longest_edge; smolvlm needs it for images",
+        ),
+        (
+            {"preprocessor_config": {"size": {"longest_edge": "x"}}},
+            "in its configuration size.longest_edge is 'x', not a whole number; smolvlm needs it for images",
+        ),
+        (
+            {"config": {"vision_config": {"patch_size": 4, "image_size": "x"}}},
+            "in its configuration vision_config.image_size is 'x', which is not of the kind of 224",
+        ),
+        (
+            {"config": {"text_config": {"num_hidden_layers": 6, "hidden_size": {}}}},
+            "in its configuration text_config.hidden_size is {}, which is not of the kind of 4096",
+        ),
+        (
+            {"config": {"text_config": {"num_hidden_layers": 6, "head_dim": "x"}}},
+            "its configuration cannot be described (TypeError: ",
+        ),
+    ],
+)
+def test_the_entry_that_is_wrong_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, changes: dict[str, dict[str, Any]], message: str
+) -> None:
+    folder = small_folder(tmp_path, **changes)
+    assert main(["--model", str(folder), "--card"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(f"knobs.explain: {folder}: {message}")
+    assert shown.err.count("\n") == 1
 
 
 def test_it_loads_no_torch() -> None:

@@ -118,6 +118,15 @@ def written_parquet(**columns: object) -> Callable[[Path], Path]:
     return write
 
 
+def written_metadata(content: bytes) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        table = pa.table({"block": [0, 1, 2], "score": [1.0, 2.0, 3.0]})
+        pq.write_table(table.replace_schema_metadata({b"block_importance": content}), folder / "s.parquet")
+        return folder / "s.parquet"
+
+    return write
+
+
 def written_bytes(name: str) -> Callable[[Path], Path]:
     def write(folder: Path) -> Path:
         (folder / name).write_bytes(b"\x80PAR1 no")
@@ -128,7 +137,10 @@ def written_bytes(name: str) -> Callable[[Path], Path]:
 
 HAS = "the model has blocks 0 to 2"
 WRONG = {
-    "missing file": (lambda folder: folder / "s.json", "no such file of block scores; correct the path, or"),
+    "missing file": (
+        lambda folder: folder / "s.json",
+        "no such file of block scores; correct the path, or choose method nll",
+    ),
     "a folder": (lambda folder: (folder / "s.json").mkdir() or folder / "s.json", "no such file of block scores"),
     "unknown format": (lambda folder: folder / "s.csv", "unknown format '.csv'; block scores are .parquet or .json"),
     "not JSON": (written_json("{0: 1}"), "cannot be read as JSON (Expecting property name"),
@@ -148,7 +160,17 @@ WRONG = {
     "not Parquet": (written_bytes("s.parquet"), "cannot be read as Parquet ("),
     "no column": (written_parquet(layer=[0], value=[1.0]), "no column block and score among layer, value"),
     "no score": (written_parquet(block=[0, 1, 2], score=[1.0, None, 2.0]), "the score of block 1 is not a finite"),
-    "block no index": (written_parquet(block=["0"], score=[1.0]), f"scores for block 0, but {HAS}"),
+    "text as index": (
+        written_parquet(block=["0"], score=[1.0]),
+        "the indices in its column block are text, not whole numbers; write them as such",
+    ),
+    "fraction as index": (written_parquet(block=[0.5], score=[1.0]), "the indices in its column block are double, not"),
+    "beyond floats": (written_json(f'{{"0": {"9" * 400}, "1": 1, "2": 1}}'), "the score of block 0 is not a finite"),
+    "a long index": (written_json(f'{{"{"9" * 5000}": 1}}'), "scores for block 999"),
+    "nested too deep": (written_json("[" * 200_000), "cannot be read as JSON ("),
+    "metadata no JSON": (written_metadata(b"{no"), "its metadata block_importance are not the JSON object they"),
+    "metadata a list": (written_metadata(b"[1]"), "its metadata block_importance are not the JSON object they"),
+    "metadata no object": (written_metadata(b'{"about": 3}'), "its metadata block_importance are not the JSON object"),
 }
 
 

@@ -70,18 +70,23 @@ def test_a_submitted_sweep_leaves_its_results_outside_the_jobs_folder(head: str,
     for package in ("orchestrator", "workers", "knobs", "sweeps"):
         shutil.copytree(REPOSITORY / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
     (copy / "sweeps" / "submitted.yaml").write_text(SWEEP)
-    submitted = subprocess.run(
-        [
-            *(BIN / "ray", "job", "submit", "--address", head, "--working-dir", copy),
-            *("--runtime-env-json", f'{{"env_vars": {{"SWEEP_RESULTS_ROOT": "{tmp_path}"}}}}', "--"),
-            *("python", "-m", "orchestrator.run", "sweeps/submitted.yaml"),
-        ],
-        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=180,
-    )
+    submit = [
+        *(BIN / "ray", "job", "submit", "--address", head, "--working-dir", copy),
+        *("--runtime-env-json", f'{{"env_vars": {{"SWEEP_RESULTS_ROOT": "{tmp_path}"}}}}', "--"),
+        *("python", "-m", "orchestrator.run", "sweeps/submitted.yaml"),
+    ]
+    for _ in range(60):
+        submitted = subprocess.run(
+            submit,
+            env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=180,
+        )
+        # A head says that it runs a moment before its agent, which starts jobs, has come up.
+        if "No available agent" not in submitted.stderr + submitted.stdout:
+            break
 
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     place = tmp_path / "results" / "submitted"

@@ -87,6 +87,17 @@ def test_a_bound_on_rows_and_columns_passes_over_counts_without_a_grid() -> None
         select_crops_for_tier(primes, 100, 100, most_per_side=2)
 
 
+def test_a_tier_of_any_length_is_a_matter_of_comparisons() -> None:
+    endless = Tier("endless", 1, 10**12, (10**12, 2))
+    with pytest.raises(ValueError, match=r"must be some of 1 to 1000000000000, all of them above 0") as caught:
+        Tier("endless", 1, 10**12, (0,))
+    assert len(str(caught.value)) < 120
+    assert select_crops_for_tier(endless, 100, 200, most_per_side=4)[1] == (1, 2)
+    assert grids(10**12, 4) == []
+    geometry = MolmoEGeometry(12)
+    assert "takes at most 64" in str(geometry.refuse(VisionSetting("tier", "endless", endless)))
+
+
 def test_a_tier_prefers_only_counts_it_contains() -> None:
     with pytest.raises(ValueError, match="preferred_crops"):
         Tier("low", 1, 3, (2, 4))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -447,6 +448,30 @@ def test_a_family_without_a_closed_form_says_so(
     assert refused(capsys, image, "--model", "some-vlm") == (
         "some-vlm: its family has no closed form; its own image processor decides"
     )
+
+
+def test_a_folder_that_does_not_say_how_it_cuts(
+    image: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(described("tiny-smolvlm").config))
+    for flags in ([], ["--tier", "low"], ["--compare"]):
+        assert refused(capsys, image, "--model", tmp_path, *flags) == (
+            f"{tmp_path}: the folder has no preprocessor_config.json, so nothing is known of how it cuts images; "
+            "copy it from the base model"
+        )
+
+
+def test_a_reader_that_leaves_is_no_mistake(image: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "knobs.preview", str(image), "--model", "tiny-smolvlm"]
+    command += ["--out", str(tmp_path / "out.png")]
+    ran = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert ran.stdout is not None
+    assert ran.stderr is not None
+    ran.stdout.close()
+    assert ran.stderr.read() == ""
+    ran.stderr.close()
+    assert ran.wait() == 141
+    assert (tmp_path / "out.png").is_file()
 
 
 def test_a_preview_needs_no_torch(image: Path, tmp_path: Path) -> None:

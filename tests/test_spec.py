@@ -40,7 +40,7 @@ MISTAKES_BELOW_THE_HEAD = [
     (
         "latency:\n  samples: 8\n  warm_up: 1",
         "6: latency.warm_up: unknown key, did you mean warmup? "
-        "(allowed: samples, repeats, output_tokens, batch_size, warmup, max_relative_error)",
+        "(allowed: samples, repeats, output_tokens, batch_size, warmup, max_relative_error, max_seconds)",
     ),
     (
         "hardware:\n  - acelerator: H100",
@@ -383,7 +383,7 @@ def test_a_minimal_sweep_has_the_documented_defaults() -> None:
     assert sweep.block_selection.method == "prefix"
     assert (sweep.sampling.strategy, sweep.sampling.n, sweep.sampling.seed) == ("full", None, 0)
     assert sweep.latency == Latency(
-        samples=64, repeats=5, output_tokens=16, batch_size=1, warmup=1, max_relative_error=None
+        samples=64, repeats=5, output_tokens=16, batch_size=1, warmup=1, max_relative_error=0.02, max_seconds=None
     )
     assert sweep.accuracy == Accuracy(batch_size=16)
 

@@ -150,6 +150,44 @@ def test_tiers_are_compared_in_order_of_size_and_only_with_their_like() -> None:
     assert not found["ok"].any()
 
 
+def test_combinations_of_one_tier_are_never_mixed() -> None:
+    def rows(tier: str, combination: str, score: float, **changes: Any) -> list[dict[str, Any]]:
+        return [row(str(i), tier, score, combination_id=combination, **changes) for i in range(4)]
+
+    wide = {"tier_definition": "{low, wider}", "selected_crops": 3}
+    every = [
+        *rows("low", "a", 0.0),
+        *rows("low", "wide", 0.5, **wide),
+        *rows("medium", "b", 1.0),
+        *rows("medium", "c", 0.25),
+    ]
+    found = validate_accuracy_benefits(frame(*every))
+    assert list(found["from_tier"]) == ["low"] * 4
+    assert list(found["to_tier"]) == ["medium"] * 4
+    steps = {(line["from_combination"], line["to_combination"]): line["gain"] for _, line in found.iterrows()}
+    assert steps == {("a", "b"): 1.0, ("a", "c"): 0.25, ("wide", "b"): 0.5, ("wide", "c"): -0.25}
+    assert list(found["num_samples"]) == [4] * 4
+
+
+def test_two_definitions_of_a_tier_count_apart_without_combinations() -> None:
+    other = {"tier_definition": "{low, other}"}
+    rows = [row("x", "low", 0.0), row("y", "low", 1.0, **other), row("x", score=1.0), row("y", score=1.0)]
+    found = validate_accuracy_benefits(frame(*rows))
+    assert found[["num_samples", "gain"]].values.tolist() == [[1, 1.0], [1, 0.0]]
+
+
+def test_the_smaller_of_two_combinations_comes_first() -> None:
+    rows = [row("x", "low", 0.0, combination_id="a"), row("x", "low", 0.0, combination_id="b", selected_crops=7)]
+    rows += [row("x", "medium", 1.0, combination_id="c")]
+    found = validate_accuracy_benefits(frame(*rows))
+    assert found[["from_tier", "to_tier", "gain"]].values.tolist() == [["low", "medium", 1.0], ["medium", "low", -1.0]]
+
+
+def test_rows_without_scores_are_refused() -> None:
+    with pytest.raises(ValueError, match="no column score; the gain of a tier needs rows of the accuracy table"):
+        validate_accuracy_benefits(frame(row("a")).drop(columns="score"))
+
+
 def test_a_gain_of_one_point_is_not_more_than_one_point() -> None:
     rows = [row(str(i), "low", 0.0) for i in range(100)] + [row(str(i), "high", float(i == 0)) for i in range(100)]
     assert list(validate_accuracy_benefits(frame(*rows))["ok"]) == [False]

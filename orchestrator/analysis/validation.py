@@ -97,10 +97,17 @@ def validate_accuracy_benefits(rows: pd.DataFrame) -> pd.DataFrame:
             blocks and options, in the order of the crops they come to.
 
     Returns:
-        A line per step: `from_tier`, `to_tier`, `num_samples` that both have scored, `from_accuracy` and `to_accuracy`
-        over those, `gain`, `gain_se` (of the paired difference, clustered by image; null for a single image), and
-        `ok`, whether the gain is above LEAST_GAIN.
+        A line per step: `from_tier`, `to_tier`, `from_combination`, `to_combination`, `num_samples` that both have
+        scored, `from_accuracy` and `to_accuracy` over those, `gain`, `gain_se` (of the paired difference, clustered by
+        image; null for a single image), and `ok`, whether the gain is above LEAST_GAIN. Where a folder has a tier in
+        several combinations, because it was defined or scored anew, each of them is compared with each of the next
+        tier, and no step mixes the rows of two.
+
+    Raises:
+        ValueError: the rows have no scores, as those of the latency table.
     """
+    if "score" not in rows:
+        raise ValueError("these rows have no column score; the gain of a tier needs rows of the accuracy table")
     lines = []
     scored = _counted(rows)
     tiers = scored[scored["tier"].notna()]
@@ -108,14 +115,19 @@ def validate_accuracy_benefits(rows: pd.DataFrame) -> pd.DataFrame:
     # As text: a list of blocks is no key to group by.
     apart = pd.Series([repr(list(values)) for values in known.itertuples(index=False)], tiers.index, dtype=object)
     for _, group in tiers.groupby(apart, sort=False):
-        by_tier = {name: rows.drop_duplicates("sample_id") for name, rows in group.groupby("tier", sort=False)}
-        order = sorted(by_tier, key=lambda name: float(by_tier[name]["selected_crops"].astype(float).mean()))
-        for smaller, larger in itertools.pairwise(order):
-            step = _step(by_tier[smaller], by_tier[larger])
-            if step is not None:
-                lines.append(group.iloc[0].reindex(_SHOWN).to_dict() | {"from_tier": smaller, "to_tier": larger} | step)
+        by_tier = {name: _combinations(found) for name, found in group.groupby("tier", sort=False)}
+        order = sorted(by_tier, key=lambda name: _crops(pd.concat(by_tier[name])))
+        shown = group.iloc[0].reindex(_SHOWN).to_dict()
+        for pair in itertools.pairwise(order):
+            for both in itertools.product(*(by_tier[name] for name in pair)):
+                # Tiers that are defined anew need not keep their order.
+                smaller, larger = sorted(both, key=_crops)
+                step = _step(smaller, larger)
+                if step is not None:
+                    lines.append(shown | _ends(smaller, larger) | step)
+    ends = ["from_tier", "to_tier", "from_combination", "to_combination"]
     measured = ["num_samples", "from_accuracy", "to_accuracy", "gain", "gain_se", "ok"]
-    return pd.DataFrame(lines, columns=[*_SHOWN, "from_tier", "to_tier", *measured])
+    return pd.DataFrame(lines, columns=[*_SHOWN, *ends, *measured])
 
 
 # What must be alike for two tiers to be compared: the first are shown, the others only keep rows apart.
@@ -137,6 +149,27 @@ _APART = [
     "experts",
     "engine",
 ]
+
+
+def _combinations(tier: pd.DataFrame) -> list[pd.DataFrame]:
+    """The rows of a tier by its definition and combination, every sample once in each."""
+    known = [name for name in ("tier_definition", "combination_id") if name in tier]
+    if not known:
+        return [tier.drop_duplicates("sample_id")]
+    return [rows.drop_duplicates("sample_id") for _, rows in tier.groupby(known, dropna=False, sort=False)]
+
+
+def _crops(rows: pd.DataFrame) -> float:
+    return float(rows["selected_crops"].astype(float).mean())
+
+
+def _ends(smaller: pd.DataFrame, larger: pd.DataFrame) -> dict[str, object]:
+    """Which two are compared."""
+    ends: dict[str, object] = {}
+    for side, rows in (("from", smaller), ("to", larger)):
+        first = rows.iloc[0]
+        ends |= {f"{side}_tier": first["tier"], f"{side}_combination": first.get("combination_id")}
+    return ends
 
 
 def _step(smaller: pd.DataFrame, larger: pd.DataFrame) -> dict[str, float | int | bool | None] | None:

@@ -13,7 +13,7 @@ from knobs.tiling import Tiling
 from knobs.vision import VisionSetting, as_int
 from workers.models.family import Architecture, Config, Family, Pipeline, Registered
 from workers.models.parameters import dense_decoder, layer_norm, linear, text_config, vision_block
-from workers.models.words import UNKNOWN, complete, filter_name, language_sizes, pixel_steps, side, sizes
+from workers.models.words import UNKNOWN, complete, filter_name, language_sizes, pixel_steps, side, sizes, whole
 
 if TYPE_CHECKING:
     import torch
@@ -201,15 +201,15 @@ class InternVL(Family):
 
     def geometry(self, config: Config, preprocessor: Config) -> InternVLGeometry:
         return InternVLGeometry(
-            int(preprocessor["size"]["height"]),
-            int(config["image_seq_length"]),
-            int(preprocessor.get("min_patches", 1)),
-            int(preprocessor.get("max_patches", 12)),
+            whole(preprocessor, "size", "height"),
+            whole(config, "image_seq_length"),
+            whole({"min_patches": 1, **preprocessor}, "min_patches"),
+            whole({"max_patches": 12, **preprocessor}, "max_patches"),
         )
 
     def architecture(self, config: Config) -> Architecture:
         config = complete(CONFIG_DEFAULTS, config)
-        vision = complete(VISION_DEFAULTS, config.get("vision_config"))
+        vision = complete(VISION_DEFAULTS, config.get("vision_config"), "vision_config")
         text, joined = text_config(config, "qwen2"), int(1 / config["downsample_ratio"])
         inputs, outputs = vision["hidden_size"] * joined**2, text.get("hidden_size", UNKNOWN)
         decoder, parameters = dense_decoder(text, config["tie_word_embeddings"]), None
@@ -227,7 +227,7 @@ class InternVL(Family):
     def pipeline(self, config: Config, preprocessor: Config) -> Pipeline:
         geometry, values = self.geometry(config, preprocessor), complete(IMAGE_DEFAULTS, preprocessor)
         tile, tokens, resampling = geometry.tile, geometry.tokens_per_tile, filter_name(values["resample"])
-        patch = side(complete(VISION_DEFAULTS, config.get("vision_config"))["patch_size"])
+        patch = side(complete(VISION_DEFAULTS, config.get("vision_config"), "vision_config")["patch_size"])
         return Pipeline(
             f"{tile} x {tile} px for each tile and the thumbnail: {tile // patch} x {tile // patch} patches of "
             f"{patch} px, {tokens} vision tokens",

@@ -135,8 +135,8 @@ class Decoder:
 
 def text_config(config: Config, kind: str) -> dict[str, Any]:
     """The completed configuration of the language model in a composite one; `kind` is its `model_type` if not said."""
-    text = complete({"model_type": kind}, config.get("text_config"))
-    return complete(DENSE_DECODERS.get(text["model_type"], {}), text)
+    text = complete({"model_type": kind}, config.get("text_config"), "text_config")
+    return complete(DENSE_DECODERS.get(text["model_type"], {}), text, "text_config")
 
 
 def dense_decoder(text: Config, tied: bool) -> Decoder | None:

@@ -11,7 +11,7 @@ from knobs.card import Parameters
 from knobs.vision import NativeGeometry, VisionLayout, VisionSetting
 from workers.models.family import Architecture, Config, Family, Pipeline, Registered
 from workers.models.parameters import Decoder, layer_norm, linear, vision_block
-from workers.models.words import complete, filter_name, language_sizes, pixel_steps, side, sizes
+from workers.models.words import complete, filter_name, language_sizes, pixel_steps, side, sizes, whole
 
 if TYPE_CHECKING:
     import torch
@@ -190,13 +190,13 @@ class Qwen3VLMoe(Family):
         }
 
     def geometry(self, config: Config, preprocessor: Config) -> QwenGeometry:
-        size = preprocessor["size"]
-        pixels = int(preprocessor["patch_size"]) * int(preprocessor["merge_size"])
-        return QwenGeometry(pixels, int(size["shortest_edge"]), int(size["longest_edge"]))
+        pixels = whole(preprocessor, "patch_size") * whole(preprocessor, "merge_size")
+        least, most = (whole(preprocessor, "size", edge) for edge in ("shortest_edge", "longest_edge"))
+        return QwenGeometry(pixels, least, most)
 
     def architecture(self, config: Config) -> Architecture:
         config = complete(CONFIG_DEFAULTS, config)
-        vision, text = complete(VISION_DEFAULTS, config.get("vision_config")), _text_config(config)
+        vision, text = complete(VISION_DEFAULTS, config.get("vision_config"), "vision_config"), _text_config(config)
         merged, levels = vision["spatial_merge_size"], vision["deepstack_visual_indexes"]
         joined, outputs = vision["hidden_size"] * merged**2, vision["out_hidden_size"]
         decoder = _decoder(text, config["tie_word_embeddings"])
@@ -289,7 +289,8 @@ def _text_config(config: Config) -> dict[str, Any]:
     """The completed configuration of the language model; it has two names for the number of experts."""
     given = config.get("text_config") or {}
     experts = given.get("num_experts") or given.get("num_local_experts")
-    return complete({"model_type": "qwen3_vl_moe_text", **TEXT_DEFAULTS}, {**given, "num_experts": experts})
+    defaults = {"model_type": "qwen3_vl_moe_text", **TEXT_DEFAULTS}
+    return complete(defaults, {**given, "num_experts": experts}, "text_config")
 
 
 def _decoder(text: Config, tied: bool) -> Decoder:

@@ -15,12 +15,13 @@ from knobs.card import Card
 from knobs.configuration import entries_of, family_of
 from knobs.routing import Routing, routing_of
 from knobs.stack import BlockStack, stack_of
-from knobs.vision import NativeGeometry, VisionGeometry
+from knobs.vision import UnknownGeometry, VisionGeometry
 from workers.errors import ModelError
 from workers.models import generic, internvl, qwen3_vl_moe, smolvlm
 from workers.models.byte_tokenizer import token_ids
 from workers.models.family import Config, Family, Registered
 from workers.models.molmoe import family as molmoe
+from workers.models.words import WrongEntry
 
 # The whole list of families; a new one is a file and a line here.
 FAMILIES: tuple[Family, ...] = (molmoe.FAMILY, smolvlm.FAMILY, internvl.FAMILY, qwen3_vl_moe.FAMILY)
@@ -93,8 +94,17 @@ class ModelCard:
         return None if self.routing is None else self.routing.moe_top_k
 
     def card(self) -> Card:
-        """What its family can say of it in words and numbers, from configuration and image processor alone."""
-        return self.family.card(self.config, self.preprocessor)
+        """What its family can say of it in words and numbers, from configuration and image processor alone.
+
+        Raises:
+            ModelError: an entry of the configuration is of a kind that says nothing.
+        """
+        try:
+            return self.family.card(self.config, self.preprocessor)
+        except WrongEntry as error:
+            raise ModelError(f"{self.name}: in its configuration {error}") from error
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ModelError(f"{self.name}: its configuration cannot be described ({_in_words(error)})") from error
 
 
 def family_named(name: str) -> Family:
@@ -209,11 +219,25 @@ def _card(
         raise ModelError(f"{name}: config.json does not say how many blocks the language model has (num_hidden_layers)")
     try:
         # Bare weights can be used from Python, but nothing is known of how they want their images.
-        geometry = family.geometry(config, preprocessor) if preprocessor else NativeGeometry()
-    except (KeyError, TypeError, ValueError) as error:
+        known = preprocessor or family is generic.FAMILY  # of which nothing is known with a file either
+        geometry = family.geometry(config, preprocessor) if known else UnknownGeometry(_no_preprocessor(located))
+    except WrongEntry as error:
+        raise ModelError(f"{name}: in its configuration {error}; {family.name} needs it for images") from error
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ModelError(f"{name}: its configuration lacks {error} that {family.name} needs for images") from error
     stack, routing = stack_of(text, blocks), routing_of(text)
     return ModelCard(name, family, located, config, preprocessor, fingerprint, stack, routing, geometry)
+
+
+def _no_preprocessor(located: Checkpoint) -> str:
+    place, remedy = "the folder", "copy it from the base model"
+    if located.folder is None:
+        place, remedy = "its repository", "use a folder that has the base model's"
+    return f"{place} has no preprocessor_config.json, so nothing is known of how it cuts images; {remedy}"
+
+
+def _in_words(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _language_model(family: Family, config: Config) -> Config:

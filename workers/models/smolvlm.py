@@ -14,7 +14,7 @@ from knobs.tiling import Tiling
 from knobs.vision import NATIVE, VisionSetting, as_int
 from workers.models.family import Architecture, Config, Family, Pipeline, Registered
 from workers.models.parameters import dense_decoder, layer_norm, linear, text_config, vision_block
-from workers.models.words import UNKNOWN, complete, filter_name, language_sizes, pixel_steps, side, sizes
+from workers.models.words import UNKNOWN, complete, filter_name, language_sizes, pixel_steps, side, sizes, whole
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -239,16 +239,15 @@ class SmolVLM(Family):
         return {"image_token_id": ids[IMAGE]}
 
     def geometry(self, config: Config, preprocessor: Config) -> SmolVLMGeometry:
-        vision = config["vision_config"]
-        tile = int(preprocessor["max_image_size"]["longest_edge"])
-        patches = tile // int(vision["patch_size"])
-        tokens = patches**2 // int(config["scale_factor"]) ** 2
+        tile = whole(preprocessor, "max_image_size", "longest_edge")
+        patches = tile // whole(config, "vision_config", "patch_size")
+        tokens = patches**2 // whole(config, "scale_factor") ** 2
         splits = bool(preprocessor.get("do_image_splitting", True))
-        return SmolVLMGeometry(tile, tokens, int(preprocessor["size"]["longest_edge"]), splits)
+        return SmolVLMGeometry(tile, tokens, whole(preprocessor, "size", "longest_edge"), splits)
 
     def architecture(self, config: Config) -> Architecture:
         config = complete(CONFIG_DEFAULTS, config)
-        vision = complete(VISION_DEFAULTS, config.get("vision_config"))
+        vision = complete(VISION_DEFAULTS, config.get("vision_config"), "vision_config")
         text = text_config(config, "llama")
         width, patch, scale = vision["hidden_size"], side(vision["patch_size"]), config["scale_factor"]
         positions, joined = (side(vision["image_size"]) // patch) ** 2, width * scale**2
@@ -273,7 +272,7 @@ class SmolVLM(Family):
     def pipeline(self, config: Config, preprocessor: Config) -> Pipeline:
         geometry, values = self.geometry(config, preprocessor), complete(IMAGE_DEFAULTS, preprocessor)
         tile, tokens, resampling = geometry.tile, geometry.tokens_per_tile, filter_name(values["resample"])
-        patch = side(complete(VISION_DEFAULTS, config.get("vision_config"))["patch_size"])
+        patch = side(complete(VISION_DEFAULTS, config.get("vision_config"), "vision_config")["patch_size"])
         steps = ["convert to RGB"] if values["do_convert_rgb"] else []
         if values["do_resize"]:
             edge = min(geometry.longest_edge, LARGEST_SIDE)

@@ -28,10 +28,51 @@ _STATISTICS: Mapping[tuple[float, ...], str] = {
 UNKNOWN = "not known"
 
 
-def complete(defaults: Config, given: Any) -> dict[str, Any]:
-    """A configuration with `defaults` for what it leaves out or at None, as transformers reads it."""
+class WrongEntry(ValueError):
+    """An entry of a configuration that is of another kind than it should be; the message names it."""
+
+
+def complete(defaults: Config, given: Any, within: str = "") -> dict[str, Any]:
+    """A configuration with `defaults` for what it leaves out or at None, as transformers reads it.
+
+    Args:
+        within: key of the configuration inside another one, for messages.
+
+    Raises:
+        WrongEntry: an entry is of another kind than its default.
+    """
     entries = given if isinstance(given, Mapping) else {}
-    return {**defaults, **{name: value for name, value in entries.items() if value is not None}}
+    said = {name: value for name, value in entries.items() if value is not None}
+    for name in defaults.keys() & said.keys():
+        if not _alike(said[name], defaults[name]):
+            place = f"{within}.{name}" if within else name
+            raise WrongEntry(f"{place} is {said[name]!r}, which is not of the kind of {defaults[name]!r}")
+    return {**defaults, **said}
+
+
+def _alike(value: Any, default: Any) -> bool:
+    """Whether a value can stand for a default: numbers for numbers, several numbers for one and the reverse."""
+    if isinstance(default, int | float | list | tuple):
+        entries = value if isinstance(value, list | tuple) else [value]
+        return all(isinstance(entry, int | float) for entry in entries)
+    return default is None or isinstance(value, type(default)) or not isinstance(default, str)
+
+
+def whole(config: Config, *keys: str) -> int:
+    """The whole number that stands under nested keys.
+
+    Raises:
+        KeyError: one of them is missing.
+        WrongEntry: something else stands there, or on the way.
+    """
+    found: Any = config
+    for depth, key in enumerate(keys):
+        if not isinstance(found, Mapping):
+            raise WrongEntry(f"{'.'.join(keys[:depth])} is {found!r}, not an object with {key}")
+        found = found[key]
+    if type(found) is not int and not (isinstance(found, float) and found.is_integer()):
+        raise WrongEntry(f"{'.'.join(keys)} is {found!r}, not a whole number")
+    return int(found)
 
 
 def side(value: int | Sequence[int]) -> int:

@@ -32,7 +32,7 @@ from workers.errors import SampleError
 from workers.models.family import Architecture, Config, Family, Pipeline, Registered
 from workers.models.molmoe.published import MEAN, PUBLISHED_VISION, STD, TEXT_NAMES
 from workers.models.parameters import Decoder, layer_norm, linear, vision_block
-from workers.models.words import complete, language_sizes, normalise_step
+from workers.models.words import complete, language_sizes, normalise_step, whole
 
 if TYPE_CHECKING:
     import torch
@@ -144,13 +144,16 @@ class MolmoE(Family):
             preprocessor.get("base_image_input_size", [CROP, CROP]),
             preprocessor.get("image_patch_size", PATCH),
         )
-        if list(size) != [CROP, CROP] or patch != PATCH:
+        if size not in ([CROP, CROP], (CROP, CROP)) or patch != PATCH:
             raise ValueError(f"crops of {CROP} pixels and patches of {PATCH}")
-        return MolmoEGeometry(int(preprocessor.get("max_crops", 12)))
+        return MolmoEGeometry(whole({"max_crops": 12, **preprocessor}, "max_crops"))
 
     def architecture(self, config: Config) -> Architecture:
         defaults = {name: value for name, value in _published().items() if name != "text_config"}
-        config, backbone = complete(defaults, config), complete(PUBLISHED_VISION, config.get("vision_backbone"))
+        config, backbone = (
+            complete(defaults, config),
+            complete(PUBLISHED_VISION, config.get("vision_backbone"), "vision_backbone"),
+        )
         text = self.language_model(config)
         width, layers, features = backbone["image_emb_dim"], backbone["image_num_layers"], config["vit_layers"]
         joined, positions = width * len(features), math.isqrt(backbone["image_num_pos"] - 1) ** 2 + 1
