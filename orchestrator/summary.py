@@ -20,7 +20,7 @@ from orchestrator.analysis.validation import (
     validate_distortion,
     validate_token_utilization,
 )
-from orchestrator.block_choice import Question
+from orchestrator.block_questions import Question
 from orchestrator.plan import Plan
 from workers.probes import CPU
 from workers.schema import Kind

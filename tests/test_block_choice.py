@@ -17,17 +17,15 @@ from knobs.errors import KnobError
 from knobs.importance import BlockScores, Method, select_blocks
 from knobs.score_files import read_scores, write_scores
 from orchestrator.block_choice import (
-    SAMPLES_PER_TASK,
     BestSets,
     HighestScores,
     NotChosen,
-    Question,
     Unfinished,
     choices_known,
     choices_so_far,
     choose_blocks,
-    questions,
 )
+from orchestrator.block_questions import SAMPLES_PER_TASK, Question, questions
 from orchestrator.plan import FirstBlocks, PlannedDataset, PlannedModel, expand
 from orchestrator.resolve import planned_models, resolve
 from orchestrator.run import DONE, SOME_FAILED, main
