@@ -45,6 +45,8 @@ def head() -> Iterator[str]:
         [
             *(BIN / "ray", "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2"),
             *(f"--port={free_port()}", f"--dashboard-port={port}", f"--temp-dir={folder}"),
+            # By default a fixed one, which the cluster that other tests share has taken.
+            f"--dashboard-agent-listen-port={free_port()}",
         ],
         env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled"},
         stdout=subprocess.PIPE,
@@ -75,7 +77,7 @@ def test_a_submitted_sweep_leaves_its_results_outside_the_jobs_folder(head: str,
         *("--runtime-env-json", f'{{"env_vars": {{"SWEEP_RESULTS_ROOT": "{tmp_path}"}}}}', "--"),
         *("python", "-m", "orchestrator.run", "sweeps/submitted.yaml"),
     ]
-    for _ in range(60):
+    for _ in range(20):
         submitted = subprocess.run(
             submit,
             env={**os.environ, "RAY_AUTH_MODE": "disabled"},
