@@ -49,7 +49,8 @@ from workers.validity import reasons
 # The times whose medians have to be known well enough before repeats end.
 WATCHED = ("total_ms", "prefill_ms", "tpot_ms")
 
-# Counting takes as long as several answers, and samples of one setting differ little.
+# Counting takes as long as several answers. Where a setting leaves the number of crops to the image, two samples are a
+# rough estimate of the mean; each row that is counted is exact.
 FLOPS_COUNTED_ON = 2
 
 # Why a row does not count, in `invalid_reasons`.
