@@ -6,10 +6,11 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable
 
 from knobs.vision import VisionSetting
-from workers.schema import ModelSource, Task
+from workers.tasks import Kind, ModelSource, Task
 
-# Tasks of one group share a loaded model and what their images become.
-Group = tuple[ModelSource, VisionSetting]
+# Tasks of one group share a loaded model and what their images become. Timings share nothing but the model: theirs is
+# one group, which keeps them in the random order of the plan.
+Group = tuple[ModelSource, VisionSetting | None]
 
 
 class Backlog:
@@ -73,4 +74,4 @@ class Backlog:
 
 
 def _group(task: Task) -> Group:
-    return task.model, task.knobs.vision
+    return task.model, None if task.kind is Kind.LATENCY else task.knobs.vision

@@ -20,7 +20,7 @@ from knobs.score_files import read_scores, write_scores
 from orchestrator.block_questions import Question, blocks_kept, counts_to_choose, known_values, questions
 from orchestrator.plan import BlockChoice, FirstBlocks, PlannedDataset, PlannedModel
 from orchestrator.spec import SpecError, Sweep
-from workers.schema import Task
+from workers.tasks import Task
 
 if TYPE_CHECKING:
     from orchestrator.record import Recorder

@@ -16,7 +16,7 @@ from knobs.vision import VisionSetting
 from orchestrator.analysis.importance import block_scores, candidate_values
 from orchestrator.plan import PlannedDataset, PlannedModel, digest, distinct, task_identity
 from orchestrator.spec import SpecError, Sweep
-from workers.schema import Kind, Knobs, Protocol, Task
+from workers.tasks import Kind, Knobs, Protocol, Task
 
 # Samples of one task: small, so that every worker gets some, and fixed, so that the task stays what it is when there
 # are more workers or more samples.
@@ -78,8 +78,8 @@ class Question:
                 self.dataset.source,
                 chunk,
                 protocol,
-                self.method.value,
-                tuple(candidates),
+                method=self.method.value,
+                candidates=tuple(candidates),
             )
             made.append(replace(task, task_id=digest(task_identity(task))))
         return made

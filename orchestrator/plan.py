@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 from typing import Protocol as Interface
@@ -21,7 +21,14 @@ from orchestrator.sampling import sample
 from orchestrator.spec import Sweep
 from workers.datasets import DatasetSource, SampleRef
 from workers.models import ModelCard
-from workers.schema import PROTOCOL_VERSION, Kind, Knobs, ModelSource, Protocol, Task
+from workers.tasks import (
+    PROTOCOL_VERSION,
+    Kind,
+    Knobs,
+    ModelSource,
+    Protocol,
+    Task,
+)
 
 # Accuracy is cut into tasks of this many samples: small enough to spread over workers and to lose little, and a fixed
 # number, so that asking for more samples later leaves the first tasks what they were.
@@ -171,16 +178,22 @@ def make_plan(
         points = expand(sweep, model.card, (choices or {}).get(key))
         skips += points.skips
         dropped += points.dropped
+        anchor = anchor_of(points.knobs)
         for knobs in points.knobs:
             pinned = model.card.geometry.pinned(knobs.vision)
             for dataset in datasets:
                 for accelerator in accelerators:
-                    combination, its_tasks = _combine(sweep, model.source, knobs, pinned, dataset, accelerator)
-                    combinations.append(combination)
-                    tasks |= {task.task_id: task for task in its_tasks}
+                    for timed in timed_protocols(sweep):
+                        scored = _scored_protocol(sweep, dataset)
+                        combination, its_tasks = _combine(
+                            sweep, model.source, knobs, pinned, dataset, accelerator, timed, scored, anchor
+                        )
+                        combinations.append(combination)
+                        tasks |= {task.task_id: task for task in its_tasks}
+    seed = 0 if sweep.latency is None else sweep.latency.seed
     return Plan(
         tuple(combinations),
-        tuple(tasks.values()),
+        tuple(in_random_order(tuple(tasks.values()), seed)),
         tuple(skips),
         tuple(dropped),
         tuple(accelerators),
@@ -294,11 +307,26 @@ def _combine(
     pinned: VisionLayout | None,
     dataset: PlannedDataset,
     accelerator: str,
+    timed: Protocol | None,
+    scored: Protocol | None,
+    anchor: Knobs | None,
 ) -> tuple[Combination, list[Task]]:
-    timed, scored = _timed_protocol(sweep), _scored_protocol(sweep, dataset)
     combination_id = digest(combination_identity(model, knobs, dataset.source, timed, scored))
-    latency = list(_latency_tasks(sweep, model, knobs, dataset, timed, accelerator, combination_id))
-    accuracy = list(_accuracy_tasks(sweep, model, knobs, dataset, scored, combination_id))
+
+    def task(kind: Kind, samples: tuple[SampleRef, ...], protocol: Protocol, kind_of_device: str | None) -> Task:
+        return Task(
+            "", combination_id, kind, sweep.name, kind_of_device, model, knobs, dataset.source, samples, protocol
+        )
+
+    latency: list[Task] = []
+    if sweep.latency is not None and timed is not None:
+        whole = task(Kind.LATENCY, dataset.samples[: sweep.latency.samples], timed, accelerator)
+        latency = [_identified(replace(whole, visit=visit, anchor=anchor)) for visit in range(timed.visits)]
+    accuracy: list[Task] = []
+    if scored is not None:
+        starts = range(0, len(dataset.samples), SAMPLES_PER_ACCURACY_TASK)
+        parts = [dataset.samples[begin : begin + SAMPLES_PER_ACCURACY_TASK] for begin in starts]
+        accuracy = [_identified(task(Kind.ACCURACY, part, scored, None)) for part in parts]
     combination = Combination(
         combination_id,
         model,
@@ -314,18 +342,23 @@ def _combine(
     return combination, latency + accuracy
 
 
-def _timed_protocol(sweep: Sweep) -> Protocol | None:
+def timed_protocols(sweep: Sweep) -> list[Protocol | None]:
+    """The ways to time: one per batch size, or none at all (None) where latency is off."""
     settings = sweep.latency
     if settings is None:
-        return None
-    return Protocol(
-        max_new_tokens=settings.output_tokens,
-        batch_size=settings.batch_size,
-        repeats=settings.repeats,
-        warmup=settings.warmup,
-        max_relative_error=settings.max_relative_error,
-        max_seconds=settings.max_seconds,
-    )
+        return [None]
+    return [
+        Protocol(
+            max_new_tokens=settings.output_tokens,
+            batch_size=batch_size,
+            repeats=settings.repeats,
+            visits=min(settings.visits, settings.repeats),
+            warmup=settings.warmup,
+            max_relative_error=settings.max_relative_error,
+            max_seconds=settings.max_seconds,
+        )
+        for batch_size in settings.batch_size
+    ]
 
 
 def _scored_protocol(sweep: Sweep, dataset: PlannedDataset) -> Protocol | None:
@@ -338,48 +371,29 @@ def _scored_protocol(sweep: Sweep, dataset: PlannedDataset) -> Protocol | None:
     )
 
 
-def _latency_tasks(
-    sweep: Sweep,
-    model: ModelSource,
-    knobs: Knobs,
-    dataset: PlannedDataset,
-    protocol: Protocol | None,
-    accelerator: str,
-    combination_id: str,
-) -> Iterator[Task]:
-    if sweep.latency is None or protocol is None:
-        return
-    samples = dataset.samples[: sweep.latency.samples]
-    yield _task(sweep, Kind.LATENCY, model, knobs, dataset.source, samples, protocol, accelerator, combination_id)
+def anchor_of(points: Sequence[Knobs]) -> Knobs | None:
+    """The point that workers time again and again: the most blocks and experts of the grid, at its lowest vision level.
+
+    All weights take part in it, and a grid that is extended upwards in vision keeps its anchor.
+    """
+    return max(points, key=lambda knobs: (len(knobs.active_blocks), knobs.moe_top_k or 0), default=None)
 
 
-def _accuracy_tasks(
-    sweep: Sweep,
-    model: ModelSource,
-    knobs: Knobs,
-    dataset: PlannedDataset,
-    protocol: Protocol | None,
-    combination_id: str,
-) -> Iterator[Task]:
-    if protocol is None:
-        return
-    for begin in range(0, len(dataset.samples), SAMPLES_PER_ACCURACY_TASK):
-        samples = dataset.samples[begin : begin + SAMPLES_PER_ACCURACY_TASK]
-        yield _task(sweep, Kind.ACCURACY, model, knobs, dataset.source, samples, protocol, None, combination_id)
+def in_random_order(tasks: Sequence[Task], seed: int) -> list[Task]:
+    """Latency tasks first, visit by visit and each visit in a random order of its own; then the others as they are.
+
+    So what changes on a machine in the course of hours meets the levels of every knob alike. The place of a task in its
+    visit follows from seed and id alone: what is left of a sweep comes in the order in which it would have come.
+    """
+
+    def place(task: Task) -> tuple[int, str]:
+        return task.visit, digest([seed, task.task_id])
+
+    timed = sorted((task for task in tasks if task.kind is Kind.LATENCY), key=place)
+    return timed + [task for task in tasks if task.kind is not Kind.LATENCY]
 
 
-def _task(
-    sweep: Sweep,
-    kind: Kind,
-    model: ModelSource,
-    knobs: Knobs,
-    dataset: DatasetSource,
-    samples: tuple[SampleRef, ...],
-    protocol: Protocol,
-    accelerator: str | None,
-    combination_id: str,
-) -> Task:
-    task = Task("", combination_id, kind, sweep.name, accelerator, model, knobs, dataset, samples, protocol)
+def _identified(task: Task) -> Task:
     return replace(task, task_id=digest(task_identity(task)))
 
 
@@ -389,7 +403,8 @@ def _task(
 def task_identity(task: Task) -> dict[str, Any]:
     """Everything that decides the result of a task, and nothing else.
 
-    Not the place of a file, host, time or name of the sweep; of the accelerator only what is timed depends. The order
+    Not the place of a file, host, time or name of the sweep, nor the anchor that is timed besides; of the accelerator
+    only what is timed depends. The order
     of the samples does count: it decides which of them share a batch, and with that the rounding of their answers.
     """
     columns = task.dataset.columns
@@ -402,6 +417,7 @@ def task_identity(task: Task) -> dict[str, Any]:
         "groups": [columns.image_id, columns.question_type] if task.kind is Kind.ACCURACY else None,
         "prompt": task.dataset.prompt,
         "protocol": asdict(task.protocol),
+        "visit": task.visit,
         **({"method": task.method, "candidates": task.candidates} if task.kind is Kind.IMPORTANCE else {}),
         **_point_identity(task.model, task.knobs, task.dataset),
     }

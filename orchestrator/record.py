@@ -8,14 +8,22 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import pyarrow as pa
 
 from knobs.vision import VISION_AXES, VisionLayout, VisionSetting
-from orchestrator.analysis import aggregate
+from orchestrator.analysis import aggregate, corrected, worker_trends
 from orchestrator.plan import Combination, Plan, Skip, digest
 from orchestrator.spec import Sweep
 from orchestrator.store import DamagedParts, Place, ResultStore
 from workers.datasets import fingerprint
-from workers.schema import SCHEMA_VERSION, Kind, Status, Task, TaskResult, knob_columns, to_table
+from workers.schema import (
+    PARTITIONS,
+    SCHEMA_VERSION,
+    arrow_schema,
+    knob_columns,
+    to_table,
+)
+from workers.tasks import Kind, Status, Task, TaskResult
 
 if TYPE_CHECKING:
     from orchestrator.schedule import Outcome
@@ -44,6 +52,8 @@ class Recorder:
         for combination in plan.combinations:
             for task_id in _tasks_of(combination):
                 self._combinations_of[task_id].append(combination)
+        self._trends: pd.DataFrame | None = None
+        self._trends_made_from: dict[Place, str] = {}
         self.done = self._tasks.keys() & {task_id for kind in Kind for task_id in store.finished(kind)}
         self.failed = set() if retry_failed else {t for t in self._tasks.keys() - self.done if self._failed_before(t)}
 
@@ -79,6 +89,8 @@ class Recorder:
         task, result = outcome.task, outcome.result
         self._record_environment(result)
         place = Place(task.model.name, outcome.accelerator, task.dataset.name)
+        if result.anchors is not None:
+            self._store.commit("anchors", place, task.task_id, result.anchors, stamp=repr(result.started_at))
         if result.status is Status.DONE:
             assert result.rows is not None
             # Measured again, a task has the same id but other numbers; when it was run tells the two apart.
@@ -100,10 +112,16 @@ class Recorder:
         if not done or len(done) + len(failed) < len(tasks):
             return
         place = Place(combination.model.name, combination.accelerator, combination.dataset.name)
-        stamp = digest({"done": [[task_id, self._part_stamp(task_id)] for task_id in done], "failed": failed})
-        if self._store.stamp("combinations", combination.combination_id, place) == stamp:
+        parts = digest({"done": [[task_id, self._part_stamp(task_id)] for task_id in done], "failed": failed})
+        parts_before, _, trends_before = (
+            self._store.stamp("combinations", combination.combination_id, place) or ""
+        ).partition(" ")
+        trends = trends_before if self._trends is None else self._trends_made_from.get(place, "")
+        if (parts_before, trends_before) == (parts, trends):
             return
         latency = self._whole_rows(Kind.LATENCY, combination.latency_tasks)
+        if self._trends is not None:
+            latency = corrected(latency, self._trends)
         accuracy = self._whole_rows(Kind.ACCURACY, combination.accuracy_tasks)
         if not self.done.issuperset(done):
             return  # a part was damaged: what is left would pass for the whole
@@ -111,7 +129,11 @@ class Recorder:
         behind = {"task_ids": done, "samples_digest": self._samples_digest(done, latency, accuracy)}
         row = self._identity(combination) | behind | aggregate(latency, accuracy, lost)
         self._store.commit(
-            "combinations", place, combination.combination_id, to_table("combinations", [row]), stamp=stamp
+            "combinations",
+            place,
+            combination.combination_id,
+            to_table("combinations", [row]),
+            stamp=parts if self._trends is None else f"{parts} {trends}",
         )
 
     def _identity(self, combination: Combination) -> dict[str, Any]:
@@ -131,6 +153,7 @@ class Recorder:
                 "prompt": combination.dataset.prompt,
                 "timed_output_tokens": timed and timed.max_new_tokens,
                 "timed_repeats": timed and timed.repeats,
+                "timed_visits": timed and timed.visits,
                 "timed_max_relative_error": timed and timed.max_relative_error,
                 "timed_limit_s": timed and timed.max_seconds,
                 "timed_warmup": timed and timed.warmup,
@@ -158,6 +181,43 @@ class Recorder:
         behind = scored or timed
         refs = {ref for task_id in done for ref in self._tasks[task_id].samples if ref.uid in behind}
         return fingerprint(list(refs))[:SAMPLES_DIGEST_DIGITS] if refs else None
+
+    # -- workers ----------------------------------------------------------------------------------------------------
+
+    def compare_workers(self, *, correct: bool) -> pd.DataFrame:
+        """Write what the anchors say of each worker, its rows of the table workers, and return them.
+
+        Args:
+            correct: also write the times of all combinations anew, with what they are once that is taken out. It is
+                done at the end, because every anchor changes it a little.
+        """
+        anchors = self._whole_rows("anchors", [task.task_id for task in self._plan.tasks])
+        environments = self._whole_rows("environments", anchors["environment_id"].dropna().unique())
+        trends = worker_trends(anchors, environments)
+        partition = [column.name for column in PARTITIONS]
+        for values, rows in trends.groupby(partition, dropna=False):
+            place = Place(*map(str, values))
+            name = digest({"workers": [place.model, place.accelerator, place.dataset]})
+            stamp = self._trends_made_from[place] = self._anchors_stamp(place)
+            if self._store.stamp("workers", name) != stamp:
+                table = pa.Table.from_pandas(
+                    rows.drop(columns=partition), arrow_schema("workers"), preserve_index=False
+                )
+                self._store.commit("workers", place, name, table, stamp=stamp)
+        if correct and len(trends):
+            self._trends = trends
+            for combination in self._plan.combinations:
+                self._aggregate(combination)
+        return trends
+
+    def _anchors_stamp(self, place: Place) -> str:
+        """Which anchors there are of this plan's tasks in a place."""
+        stamps = {
+            task.task_id: self._store.stamp("anchors", task.task_id, place)
+            for task in self._plan.tasks
+            if (task.model.name, task.dataset.name) == (place.model, place.dataset)
+        }
+        return digest({name: stamp for name, stamp in stamps.items() if stamp is not None})
 
     # -- tasks ------------------------------------------------------------------------------------------------------
 

@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from orchestrator.plan import PlannedDataset, PlannedModel
-from orchestrator.spec import DatasetEntry, ModelEntry, Problem, SpecError, Sweep
+from orchestrator.spec import DatasetEntry, ModelEntry, ModelVariant, Problem, SpecError, Sweep
 from workers.datasets import Dataset, Preset, SampleRef, presets, resolve_source
 from workers.errors import DatasetError, ModelError, NotDownloaded
 from workers.models import ModelCard, describe
 from workers.probes import CPU
-from workers.schema import ModelSource
+from workers.tasks import ModelSource
 
 # Cap on answers of a data set that has no preset; short answers are what its metrics score.
 DEFAULT_MAX_NEW_TOKENS = 16
@@ -26,8 +26,6 @@ def refuse_unavailable(sweep: Sweep) -> None:
         SpecError: with one line per such key.
     """
     problems: list[Problem] = []
-    if sweep.latency is not None and sweep.latency.batch_size != 1:
-        problems.append(sweep.problem("latency.batch_size", "only 1 is available yet"))
     kinds: list[str] = []
     for i, entry in enumerate(sweep.hardware or ()):
         if entry.accelerator.lower() in kinds:
@@ -64,7 +62,7 @@ def resolve(sweep: Sweep, *, offline: bool) -> tuple[list[ModelCard], list[Plann
 
 
 def resolve_models(sweep: Sweep, *, offline: bool) -> list[ModelCard]:
-    """What is known of the models of a sweep, in its order.
+    """What is known of the models of a sweep: a card for each entry, whatever number of variants it has, in its order.
 
     Args:
         offline: never ask the network, as a dry run should not.
@@ -100,9 +98,17 @@ def resolve_models(sweep: Sweep, *, offline: bool) -> list[ModelCard]:
 
 
 def planned_models(sweep: Sweep, cards: Sequence[ModelCard], accelerators: Sequence[str]) -> list[PlannedModel]:
-    """What workers are told of each model; a GPU among the kinds of device makes bfloat16 the default."""
-    pairs = zip(sweep.models, cards, strict=True)
-    return [PlannedModel(card, _source(entry, card, accelerators)) for entry, card in pairs]
+    """What workers are told of each variant of each model, in the order of the sweep.
+
+    Variants that come to the same, such as back ends for the experts of a dense model, are there as often as the sweep
+    has them; `plan.distinct` takes each once. A GPU among the kinds of device makes bfloat16 the default.
+
+    Args:
+        cards: one for each entry, from `resolve_models`.
+    """
+    card_of = dict(zip(range(len(sweep.models)), cards, strict=True))
+    pairs = [(variant, card_of[variant.index]) for variant in sweep.model_variants]
+    return [PlannedModel(card, _source(variant, card, accelerators)) for variant, card in pairs]
 
 
 def resolve_datasets(sweep: Sweep, *, offline: bool = False) -> list[PlannedDataset]:
@@ -184,10 +190,10 @@ def _refuse_name(name: str, key: str) -> str | None:
     return None
 
 
-def _source(entry: ModelEntry, card: ModelCard, accelerators: Sequence[str]) -> ModelSource:
+def _source(variant: ModelVariant, card: ModelCard, accelerators: Sequence[str]) -> ModelSource:
     # One data type for the whole sweep, so that its combinations can be compared across devices.
     on_gpu = any(kind != CPU for kind in accelerators)
-    located = card.checkpoint
+    located, entry = card.checkpoint, variant.entry
     return ModelSource(
         name=card.name,
         family=card.family.name,
@@ -195,18 +201,18 @@ def _source(entry: ModelEntry, card: ModelCard, accelerators: Sequence[str]) -> 
         revision=located.revision or (card.fingerprint if located.folder and entry.weights != "random" else None),
         weights="random" if card.fingerprint.startswith("random:") else "checkpoint",
         fingerprint=card.fingerprint,
-        dtype=entry.dtype or ("bfloat16" if on_gpu else "float32"),
-        attention=entry.attention or "sdpa",
-        experts=_experts(entry, card),
-        engine=entry.engine,
+        dtype=variant.dtype or ("bfloat16" if on_gpu else "float32"),
+        attention=variant.attention or "sdpa",
+        experts=_experts(variant, card),
+        engine=variant.engine,
         moe_renormalization=None if card.routing is None else card.routing.renormalization,
     )
 
 
-def _experts(entry: ModelEntry, card: ModelCard) -> str | None:
+def _experts(variant: ModelVariant, card: ModelCard) -> str | None:
     if card.routing is None:
         return None
-    return entry.experts or (None if card.routing.one_back_end else "grouped_mm")
+    return variant.experts or (None if card.routing.one_back_end else "grouped_mm")
 
 
 def _dataset(

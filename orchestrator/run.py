@@ -22,6 +22,7 @@ from orchestrator.summary import (
     print_plan,
     print_questions,
     print_results,
+    print_trust,
     print_vision_checks,
     print_warnings,
 )
@@ -30,7 +31,7 @@ from workers.probes import local_accelerators
 if TYPE_CHECKING:
     from orchestrator.record import Recorder
     from orchestrator.schedule import Scheduler
-    from workers.schema import Task
+    from workers.tasks import Task
 
 DONE, SOME_FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 READER_GONE = 141  # what a shell reports of a program whose reader, such as `head`, has closed the pipe
@@ -152,12 +153,14 @@ def _measure(sweep: Sweep, plan: Plan, store: ResultStore, scheduler: Scheduler,
 def _conclude(
     sweep: Sweep, recorder: Recorder, store: ResultStore, *, interrupted: bool, unresolved: bool = False
 ) -> int:
+    workers = recorder.compare_workers(correct=not interrupted)
     results, failures = recorder.results(), recorder.failures()
     failed_rows, failed_samples = recorder.failed_rows(), recorder.failed_samples()
     print_warnings(store.warnings)
     if len(results):
         print_results(results)
         print_engines(results)
+        print_trust(results, workers)
     if sweep.knobs.vision_axis is not None:
         print_vision_checks(recorder.vision_rows())
     print_failures(failures, failed_rows, failed_samples)

@@ -14,7 +14,7 @@ from ray import exceptions as ray_errors
 from orchestrator.backlog import Backlog
 from orchestrator.cluster import ClusterError, Pool, actor_options
 from workers.actor import Worker
-from workers.schema import FailureKind, Status, Task, TaskResult
+from workers.tasks import FailureKind, Status, Task, TaskResult
 
 # How often a task may take its worker down with it before it counts as the cause.
 MOST_ATTEMPTS = 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,6 +15,7 @@ from knobs.tiling import TIERS
 from knobs.vision import VISION_AXES
 from orchestrator.spec_errors import KeyPath, Problem, SpecError, dotted, nearest
 from orchestrator.spec_models import (
+    MODEL_AXES,
     Accuracy,
     BlockSelection,
     Columns,
@@ -23,10 +25,12 @@ from orchestrator.spec_models import (
     Knobs,
     Latency,
     ModelEntry,
+    ModelVariant,
     Sampling,
     SelectionMethod,
     Sweep,
 )
+from orchestrator.spec_values import OR_A_LIST
 from orchestrator.yaml_lines import Document, parse, read_text
 
 __all__ = [
@@ -39,6 +43,7 @@ __all__ = [
     "Knobs",
     "Latency",
     "ModelEntry",
+    "ModelVariant",
     "Problem",
     "Sampling",
     "SpecError",
@@ -46,6 +51,10 @@ __all__ = [
     "load_sweep",
     "parse_sweep",
 ]
+
+
+# Axes that people look for among the knobs, and where they stand instead.
+_AXES_ELSEWHERE = {"batch_size": "latency.batch_size"} | {axis: f"{axis} in an entry of models" for axis in MODEL_AXES}
 
 
 def load_sweep(path: str | Path) -> Sweep:
@@ -116,6 +125,8 @@ def _unknown_key(path: KeyPath) -> str:
     meant = nearest(name, section.model_fields)
     if section is Sweep and name in Knobs.model_fields:
         meant = f"knobs.{name}"
+    if section is Knobs:
+        meant = _AXES_ELSEWHERE.get(name, meant)
     return "unknown key" + (f", did you mean {meant}?" if meant else "") + f" (allowed: {_names(section)})"
 
 
@@ -157,6 +168,8 @@ def _hint(context: dict[str, Any], value: object, spelling: str | None) -> str:
     """What to write instead, where a misread scalar or a misspelt name explains the mistake."""
     words: str = context["words"]
     if isinstance(value, str):
+        if words.endswith(OR_A_LIST) and "," in value and len(value) <= 60:
+            return f", write [{value}]"
         meant = nearest(value, context["choices"])
         if meant:
             return f", did you mean {meant}?"
@@ -189,8 +202,9 @@ def _broken_rules(document: Document) -> Iterator[tuple[KeyPath, str]]:
     for axis, levels in knobs.items():
         if axis in Knobs.model_fields:
             yield from _repeated(("knobs", axis), _list(levels), "{value} is listed twice", document)
-    models = [_completed(entry, ModelEntry) for entry in _list(data.get("models"))]
-    yield from _repeated(("models",), models, "the same model is listed twice", document)
+    batch_sizes = _list(_mapping(data.get("latency")).get("batch_size"))
+    yield from _repeated(("latency", "batch_size"), batch_sizes, "{value} is listed twice", document)
+    yield from _models([_completed(entry, ModelEntry) for entry in _list(data.get("models"))], document)
     names = [_completed(entry, DatasetEntry).get("name") for entry in _list(data.get("datasets"))]
     yield from _repeated(("datasets",), names, "the dataset {value} is listed twice", document)
     hardware = [_completed(entry, HardwareEntry) for entry in _list(data.get("hardware"))]
@@ -201,6 +215,33 @@ def _broken_rules(document: Document) -> Iterator[tuple[KeyPath, str]]:
     yield from _sampling(_mapping(data.get("sampling")))
     if all(key in data and (data[key] is False or data[key] == "off") for key in ("latency", "accuracy")):
         yield ("accuracy",), "latency and accuracy are both off, nothing is left to measure"
+
+
+def _models(entries: list[dict[str, Any]], document: Document) -> Iterator[tuple[KeyPath, str]]:
+    """Levels that an entry lists twice, and entries of which some combination of levels is that of an earlier one."""
+    first: dict[object, int] = {}
+    for index, entry in enumerate(entries):
+        for axis in MODEL_AXES:
+            yield from _repeated(("models", index, axis), _list(entry.get(axis)), "{value} is listed twice", document)
+        variants = list(_variants(entry))
+        earlier = [first[variant] for variant in variants if variant in first]
+        if earlier:
+            line = document.line_of(dotted(("models", min(earlier))))
+            yield ("models", index), f"the same model is listed twice, first on line {line}"
+        for variant in variants:
+            first.setdefault(variant, index)
+
+
+def _variants(entry: dict[str, Any]) -> Iterator[object]:
+    """What tells the combinations of an entry apart, without those of levels that there are not."""
+    if not entry:
+        return
+    rest = repr({key: value for key, value in entry.items() if key not in MODEL_AXES})
+    levels: list[list[str | None]] = []
+    for axis, known in MODEL_AXES.items():
+        written = entry[axis] if isinstance(entry[axis], list) else [entry[axis]]
+        levels.append([level for level in (None, *known) if level in written])
+    yield from ((rest, *of_each_axis) for of_each_axis in product(*levels))
 
 
 def _vision_axes(knobs: dict[str, Any], document: Document) -> Iterator[tuple[KeyPath, str]]:

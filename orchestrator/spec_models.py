@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
@@ -20,6 +23,7 @@ from orchestrator.spec_values import (
     ImageSize,
     Levels,
     NaturalInt,
+    OneOrMore,
     PositiveNumber,
     SafeName,
     SeedInt,
@@ -40,6 +44,13 @@ SelectionMethod = Literal["prefix", "importance", "accuracy_drop", "nll", "activ
 Objective = Literal["accuracy", "nll"]
 Strategy = Literal["full", "balanced", "stratified", "boundary", "lhs"]
 
+# What an entry of models may hold several of, in the order of declaration, with the levels that there are.
+MODEL_AXES: dict[str, tuple[str, ...]] = {
+    "dtype": get_args(Dtype),
+    "attention": get_args(Attention),
+    "experts": get_args(ExpertsImplementation),
+    "engine": get_args(Engine),
+}
 
 # Samples that blocks are chosen on, where a sweep does not say.
 DEFAULT_SELECTION_SAMPLES = 100
@@ -52,7 +63,7 @@ class Section(BaseModel):
 
 
 class ModelEntry(Section):
-    """A model to profile."""
+    """A model to profile; every combination of the levels of dtype, attention, experts and engine is one of its own."""
 
     name: Text = Field(description="Registry name, Hugging Face hub id, or local folder of the model.")
     checkpoint: Text | None = Field(None, description="Hub id or folder of other weights for the same architecture.")
@@ -60,18 +71,36 @@ class ModelEntry(Section):
     weights: Annotated[Weights, one_of(Weights)] = Field(
         "checkpoint", description="Trained weights, or random ones of the same shapes: enough for latency, no download."
     )
-    dtype: Annotated[Dtype | None, one_of(Dtype)] = Field(
-        None, description="Number format of the weights; default: the usual one of the family and device."
+    dtype: OneOrMore[Annotated[Dtype, one_of(Dtype)]] | None = Field(
+        None, description="Number format of the weights, or several; default: the usual one of the family and device."
     )
-    attention: Annotated[Attention | None, one_of(Attention)] = Field(
-        None, description="Attention kernel; default: the one transformers picks."
+    attention: OneOrMore[Annotated[Attention, one_of(Attention)]] | None = Field(
+        None, description="Attention kernel, or several; default: the one transformers picks."
     )
-    experts: Annotated[ExpertsImplementation | None, one_of(ExpertsImplementation)] = Field(
-        None, description="How mixture-of-experts layers are computed; default: the one transformers picks."
+    experts: OneOrMore[Annotated[ExpertsImplementation, one_of(ExpertsImplementation)]] | None = Field(
+        None, description="How mixture-of-experts layers are computed, or several; default: the one transformers picks."
     )
-    engine: Annotated[Engine, one_of(Engine)] = Field(
-        "eager", description="Plain PyTorch, or decoding replayed from a captured CUDA graph."
+    engine: OneOrMore[Annotated[Engine, one_of(Engine)]] = Field(
+        "eager",
+        validate_default=True,
+        description="Plain PyTorch, or decoding replayed from a captured CUDA graph, or both.",
     )
+
+
+@dataclass(frozen=True)
+class ModelVariant:
+    """A model entry with one level of each axis; None leaves it to the default.
+
+    Attributes:
+        index: position of the entry in `Sweep.models`: what is wrong with the variant is reported at `models[index]`.
+    """
+
+    index: int
+    entry: ModelEntry
+    dtype: Dtype | None
+    attention: Attention | None
+    experts: ExpertsImplementation | None
+    engine: Engine
 
 
 class HardwareEntry(Section):
@@ -226,8 +255,15 @@ class Latency(Section):
 
     samples: CountInt = Field(64, description="Number of samples that are timed per combination.")
     repeats: CountInt = Field(5, description="Most timed repeats per sample.")
+    visits: CountInt = Field(
+        2,
+        description="How many times each combination is come back to: its repeats are split over as many visits, each "
+        "visit takes all combinations in a new random order.",
+    )
     output_tokens: CountInt = Field(16, description="Fixed length of each timed answer, in tokens.")
-    batch_size: CountInt = Field(1, description="Samples per timed batch.")
+    batch_size: OneOrMore[CountInt] = Field(
+        1, validate_default=True, description="Samples per timed batch, or several such numbers: levels of an axis."
+    )
     warmup: NaturalInt = Field(1, description="Untimed runs per input shape before the timed ones.")
     max_relative_error: Fraction | None = Field(
         0.02,
@@ -237,6 +273,7 @@ class Latency(Section):
     max_seconds: PositiveNumber | None = Field(
         None, description="Start no further round of repeats of a combination after this many seconds."
     )
+    seed: SeedInt = Field(0, description="Seed of the random order in which combinations are timed.")
 
 
 class Accuracy(Section):
@@ -277,6 +314,16 @@ class Sweep(Section):
     results: Text = Field("results/", description="Folder or URI (s3://, gs://) of the results.")
 
     _document: Document | None = PrivateAttr(None)
+
+    @property
+    def model_variants(self) -> tuple[ModelVariant, ...]:
+        """Every combination of the levels of each model entry, in the order of the file; the engine moves fastest."""
+        return tuple(self._variants())
+
+    def _variants(self) -> Iterator[ModelVariant]:
+        for index, entry in enumerate(self.models):
+            levels = product(entry.dtype or (None,), entry.attention or (None,), entry.experts or (None,), entry.engine)
+            yield from (ModelVariant(index, entry, *of_each_axis) for of_each_axis in levels)
 
     @property
     def file(self) -> str:

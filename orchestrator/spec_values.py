@@ -20,6 +20,9 @@ from pydantic_core.core_schema import CoreSchema
 
 T = TypeVar("T")
 
+# Ends the description of what may be one value or several.
+OR_A_LIST = ", or a list of them"
+
 
 def not_expected(words: str, choices: tuple[str, ...] = ()) -> PydanticCustomError:
     """The error that is printed as `must be <words>, got ...`; `choices` serve to find the nearest name."""
@@ -58,6 +61,21 @@ def listed(value: object) -> object:
     if not value:
         raise refused("must not be an empty list, name at least one value or leave the key out")
     return tuple(value)
+
+
+def one_or_more(value: object, handler: ValidatorFunctionWrapHandler) -> object:
+    """A list as `listed` has it, or a value that stands alone as a list of one.
+
+    What is wrong with a value that stands alone is reported at its own key, in the words of `expecting` for an item,
+    not at the key of an item that nobody wrote.
+    """
+    if isinstance(value, list | tuple):
+        return handler(listed(value))
+    try:
+        return handler((value,))
+    except ValidationError as error:
+        context = error.errors()[0]["ctx"]
+        raise not_expected(context["words"] + OR_A_LIST, context["choices"]) from None
 
 
 def named(value: object) -> object:
@@ -126,6 +144,14 @@ class AlsoAllowed:
         return {"anyOf": [*self.schemas, *forms]}
 
 
+class OneAllowed:
+    """Tells editors, through the JSON Schema, that an item of a list may stand alone."""
+
+    def __get_pydantic_json_schema__(self, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        full = handler(core_schema)
+        return {"anyOf": [full["items"], {**full, "minItems": 1, "uniqueItems": True}]}
+
+
 Text = Annotated[str, StringConstraints(min_length=1), expecting("text")]
 SafeName = Annotated[
     str,
@@ -166,3 +192,4 @@ Entries = Annotated[tuple[T, ...], Field(json_schema_extra={"minItems": 1}), Bef
 Levels = Annotated[
     tuple[T, ...], Field(json_schema_extra={"minItems": 1, "uniqueItems": True}), BeforeValidator(listed)
 ]
+OneOrMore = Annotated[tuple[T, ...], WrapValidator(one_or_more), OneAllowed()]

@@ -4,6 +4,9 @@ results/<sweep>/
     sweep.json                                             what this folder is: name and versions
     latency|accuracy|importance/model=/accelerator=/dataset=/<task_id>.parquet
     combinations/model=/accelerator=/dataset=/<combination_id>.parquet
+    anchors/model=/accelerator=/dataset=/<task_id>.parquet timings of the anchor before and after a task
+    workers/model=/accelerator=/dataset=/...parquet        what the anchors say of each worker
+    environments/...parquet                                what workers ran in
     tasks/model=/accelerator=/dataset=/<task_id>.parquet   how each task ended
     set-aside/                                             files that could not be trusted
 
@@ -27,7 +30,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from workers.schema import PARTITIONS, SCHEMA_VERSION, TABLES, Kind, arrow_schema
+from workers.schema import PARTITIONS, SCHEMA_VERSION, TABLES, arrow_schema
+from workers.tasks import Kind
 
 # What a results folder is resolved against inside a Ray job, whose own folder is a throw-away copy.
 ROOT_VARIABLE = "SWEEP_RESULTS_ROOT"

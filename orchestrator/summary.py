@@ -13,6 +13,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from orchestrator.analysis.anchors import findings_in_words
 from orchestrator.analysis.validation import (
     LEAST_GAIN,
     MISMATCH_LIMITS,
@@ -23,7 +24,7 @@ from orchestrator.analysis.validation import (
 from orchestrator.block_questions import Question
 from orchestrator.plan import Plan
 from workers.probes import CPU
-from workers.schema import Kind
+from workers.tasks import Kind
 
 # Wide enough for every column where there is no terminal to ask.
 WIDTH_OF_LOGS = 150
@@ -89,10 +90,11 @@ def print_combinations(plan: Plan) -> None:
 
 def print_results(rows: pd.DataFrame) -> None:
     """The table of knob combinations: accuracy with its standard error, medians of the stages, the mean total."""
-    several = [name for name in ("accelerator", "dataset", "engine") if rows[name].nunique() > 1]
+    told_apart = ("accelerator", "dataset", "dtype", "attention", "experts", "engine", "timed_batch_size")
+    several = [name for name in told_apart if rows.groupby("model")[name].nunique().max() > 1]
     table = Table(header_style="bold", caption="times in ms; accuracy ± standard error", caption_justify="left")
     for name in ("model", *several, "vision knob"):
-        table.add_column(name, overflow="fold")
+        table.add_column(name.removeprefix("timed_").replace("_", " "), overflow="fold")
     for name in (
         "top-k",
         "blocks",
@@ -110,7 +112,7 @@ def print_results(rows: pd.DataFrame) -> None:
     for _, row in rows.sort_values(order, na_position="last").iterrows():
         table.add_row(
             row["model"],
-            *(row[name] for name in several),
+            *(_cell(row[name]) for name in several),
             _vision_words(row, fits_differ),
             _number(row["moe_top_k"], 0),
             _number(row["num_active_blocks"], 0),
@@ -130,6 +132,32 @@ def print_engines(rows: pd.DataFrame) -> None:
     others = rows[rows["engine_note"].notna()]
     for (model, accelerator, engine, note), group in others.groupby(["model", "accelerator", "engine", "engine_note"]):
         print(f"note     {model} on {accelerator}: engine {engine} in {_count(len(group), 'combination')}: {note}")
+
+
+def print_trust(rows: pd.DataFrame, workers: pd.DataFrame) -> None:
+    """How far the times can be trusted: rows that do not count, what measuring costs, and workers that differ.
+
+    Args:
+        rows: of the table combinations.
+        workers: of the table workers.
+    """
+    invalid, counted = int(rows["num_invalid"].fillna(0).sum()), int(rows["num_timed"].fillna(0).sum())
+    if invalid:
+        print(f"invalid  {_count(invalid, 'row')} beside {counted} timed answers; the column invalid_reasons says why")
+    total = workers[workers["timing"] == "total_ms"]
+    for model, of_model in total.groupby("model"):
+        words = f"{_count(int(of_model['num_anchors'].sum()), 'anchor')} on {_count(len(of_model), 'worker')}"
+        if of_model["spread"].notna().any():
+            words += f", spread {100 * of_model['spread'].max():.1f} %"
+        costs = of_model.dropna(subset=["overhead", "overhead_ci95"])
+        if len(costs):
+            most = costs.sort_values("overhead").iloc[-1]
+            on = f" on {most['worker']}, at most" if len(costs) > 1 else ""
+            cost = f"{100 * most['overhead']:.2f} % ± {100 * most['overhead_ci95']:.2f}"
+            words += f"; marking the stages costs {cost}{on}"
+        print(f"anchors  {model}: {words}")
+    for line in findings_in_words(workers):
+        print(f"note     {line}")
 
 
 def print_vision_checks(rows: pd.DataFrame) -> None:
@@ -259,6 +287,10 @@ def _fits_differ(rows: pd.DataFrame) -> bool:
 
 def _number(value: Any, digits: int) -> str:
     return "" if pd.isna(value) else f"{value:.{digits}f}"
+
+
+def _cell(value: Any) -> str:
+    return "" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _with_error(value: Any, error: Any, digits: int) -> str:

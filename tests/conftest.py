@@ -11,11 +11,17 @@ os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="disabled")
 
 import pytest
 import torch
+from checkpoints import save
 from ray.cluster_utils import Cluster
+from sessions import awkward_data
 from tiny import TINY, tiny_model
 
 from orchestrator.run import main
+from workers.datasets import DatasetSource
+from workers.models import describe
 from workers.models.adapter import VisionLanguageModel
+from workers.session import Session
+from workers.tasks import ModelSource
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -57,3 +63,43 @@ def small_results(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) ->
     )
     assert main([str(folder / "small.yaml"), "--results", str(folder), "--address", cluster.address]) == 0
     return folder / "small"
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSource]:
+    """The tiny models with sharp weights, as checkpoints in folders."""
+    found = {}
+    for name in TINY:
+        folder = save(tiny_model(name), tmp_path_factory.mktemp("models") / name)
+        card = describe(str(folder))
+        found[name] = ModelSource(
+            name=name,
+            family=card.family.name,
+            place=str(folder),
+            revision=card.fingerprint,
+            weights="checkpoint",
+            fingerprint=card.fingerprint,
+            dtype="float32",
+            attention="sdpa",
+            experts=None if card.num_experts is None else "grouped_mm",
+            engine="eager",
+        )
+    return found
+
+
+@pytest.fixture
+def quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What else runs beside the tests is no subject of those that ask for this; see test_conditions."""
+    monkeypatch.setattr("workers.latency.reasons", lambda before, after: [])
+    monkeypatch.setattr("workers.latency.slow_first_round", lambda totals: False)
+
+
+@pytest.fixture
+def session() -> Session:
+    return Session("worker-1", torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def awkward(tmp_path_factory: pytest.TempPathFactory) -> DatasetSource:
+    """Four questions about a good, a truncated, a very narrow and another good image."""
+    return awkward_data(tmp_path_factory.mktemp("awkward"))

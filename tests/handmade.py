@@ -14,7 +14,8 @@ import pyarrow as pa
 from knobs.vision import VisionSetting
 from orchestrator.plan import PlannedDataset, digest, task_identity
 from workers.datasets import Columns, DatasetSource, SampleRef
-from workers.schema import STAGES, Kind, Knobs, ModelSource, Protocol, Task, knob_columns, to_table
+from workers.schema import STAGES, knob_columns, to_table
+from workers.tasks import Kind, Knobs, ModelSource, Protocol, Task
 
 MODEL = ModelSource(
     name="small",

@@ -32,6 +32,9 @@ ANSWERS: dict[str, Any] = {
     "nvmlDeviceGetMemoryInfo": SimpleNamespace(total=85_520_809_984, used=3 * 1024**3, free=0),
 }
 
+# Apart from the others, as it is no part of a state or of the settings: millijoules since the driver was loaded.
+ENERGY: dict[str, Any] = {"nvmlDeviceGetTotalEnergyConsumption": 7_654_321_250}
+
 
 class NvmlError(Exception):
     """What pynvml raises, whatever NVML's code."""

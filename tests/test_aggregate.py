@@ -14,7 +14,8 @@ import pytest
 from handmade import failed_row, frame, samples, scored_row, task, timed_row
 
 from orchestrator.analysis import aggregate, half_width_95
-from workers.schema import STAGES, STATISTICS, SUMMARISED, Kind, to_table
+from workers.schema import STAGES, STATISTICS, SUMMARISED, to_table
+from workers.tasks import Kind
 
 TIMED, SCORED = task(Kind.LATENCY), task(Kind.ACCURACY)
 NO_LATENCY, NO_ACCURACY = frame("latency", []), frame("accuracy", [])

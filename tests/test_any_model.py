@@ -28,8 +28,8 @@ from workers.models import load
 from workers.models.adapter import VisionLanguageModel, kv_cache_bytes
 from workers.models.family import Family
 from workers.models.requirements import require_stages, stack_of_blocks
-from workers.schema import Kind, Status
 from workers.session import Session
+from workers.tasks import Kind, Status
 
 PROJECT = Path(__file__).resolve().parents[1]
 QUESTION = "What is in the picture?"

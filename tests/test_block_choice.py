@@ -30,8 +30,8 @@ from orchestrator.plan import FirstBlocks, PlannedDataset, PlannedModel, expand
 from orchestrator.resolve import planned_models, resolve
 from orchestrator.run import DONE, SOME_FAILED, main
 from orchestrator.spec import SpecError, Sweep, parse_sweep
-from workers.schema import Kind, Task
 from workers.session import Session
+from workers.tasks import Kind, Task
 
 ALL_SIX = (0, 1, 2, 3, 4, 5)
 # What the pretended measurements say: how much the log-likelihood drops without each block, and what a pair loses more.

@@ -18,8 +18,8 @@ from orchestrator.resolve import planned_models, refuse_unavailable, resolve
 from orchestrator.run import DONE, main
 from orchestrator.spec import parse_sweep
 from workers.models import loading
-from workers.schema import Kind, Status, Task
 from workers.session import Session
+from workers.tasks import Kind, Status, Task
 
 SWEEP = """\
 name: graphs

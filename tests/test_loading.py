@@ -27,7 +27,7 @@ from workers.models.adapter import VisionLanguageModel
 from workers.models.byte_tokenizer import byte_tokenizer
 from workers.models.loading import load_source
 from workers.models.molmoe.checkpoint import save_published
-from workers.schema import ModelSource
+from workers.tasks import ModelSource
 
 PROJECT = Path(__file__).resolve().parents[1]
 QUESTION = "What is in the picture?"

@@ -60,7 +60,7 @@ def test_the_cache_grows_by_every_token_but_the_last(vlm: VisionLanguageModel) -
     short, long = timed(vlm, 2), timed(vlm, 12)
     per_token = (long.kv_cache_bytes - short.kv_cache_bytes) / 10
     assert per_token > 0
-    assert short.kv_cache_bytes == per_token * (short.inputs.num_prompt_tokens + 1)
+    assert short.kv_cache_bytes == per_token * (short.inputs[0].num_prompt_tokens + 1)
 
 
 def test_the_device_has_no_memory_peak_on_a_cpu(vlm: VisionLanguageModel) -> None:
@@ -77,7 +77,7 @@ def test_the_end_of_an_answer_does_not_end_the_timing(vlm: VisionLanguageModel) 
 
 def test_the_inputs_of_the_timed_answer_are_kept(vlm: VisionLanguageModel) -> None:
     expected = vlm.preprocess([picture(60, 90)], QUESTION, NATIVE)
-    inputs = timed(vlm).inputs
+    (inputs,) = timed(vlm).inputs
     assert inputs.num_vision_tokens == expected.num_vision_tokens > 0
     assert inputs.num_prompt_tokens == expected.num_prompt_tokens
 
@@ -103,6 +103,9 @@ class Planted:
     def preprocess(self, images: Sequence[Image.Image], question: str, setting: VisionSetting) -> Inputs:
         self._spend("preprocess_ms")
         return Inputs({}, {}, 1, 1)
+
+    def collate(self, samples: Sequence[Inputs]) -> Inputs:
+        return samples[0]
 
     def transfer(self, inputs: Inputs) -> Inputs:
         self._spend("transfer_ms")

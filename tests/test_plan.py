@@ -35,7 +35,14 @@ from orchestrator.sampling import STRATEGIES, sample
 from orchestrator.spec import parse_sweep
 from workers.datasets import Columns, DatasetSource
 from workers.models import describe
-from workers.schema import PROTOCOL_VERSION, Kind, Knobs, ModelSource, Protocol, Task
+from workers.tasks import (
+    PROTOCOL_VERSION,
+    Kind,
+    Knobs,
+    ModelSource,
+    Protocol,
+    Task,
+)
 
 DENSE, SPARSE, TILED = (describe(name) for name in ("tiny-smolvlm", "tiny-qwen3-vl-moe", "tiny-internvl"))
 ALL_SIX = (0, 1, 2, 3, 4, 5)
@@ -184,10 +191,12 @@ def test_strategies_choose_among_the_axes_that_are_left(strategy: str) -> None:
 def test_latency_is_timed_on_every_kind_of_device_and_accuracy_scored_once() -> None:
     plan = plan_of(sweep("{active_blocks: [3, 6]}"), accelerators=["A100", "H100"])
     assert len(plan.combinations) == 4
-    assert sorted((t.kind.value, t.accelerator) for t in plan.tasks if t.knobs.active_blocks == ALL_SIX) == [
-        ("accuracy", None),
-        ("latency", "A100"),
-        ("latency", "H100"),
+    assert sorted((t.kind.value, t.accelerator, t.visit) for t in plan.tasks if t.knobs.active_blocks == ALL_SIX) == [
+        ("accuracy", None, 0),
+        ("latency", "A100", 0),
+        ("latency", "A100", 1),
+        ("latency", "H100", 0),
+        ("latency", "H100", 1),
     ]
     a100, h100 = (c for c in plan.combinations if c.knobs.active_blocks == ALL_SIX)
     assert a100.accuracy_tasks == h100.accuracy_tasks
@@ -205,7 +214,7 @@ def test_every_sample_is_scored_in_exactly_one_task_and_the_first_ones_are_timed
     scored = [t for t in plan.tasks if t.kind is Kind.ACCURACY]
     assert [len(t.samples) for t in scored] == [SAMPLES_PER_ACCURACY_TASK, SAMPLES_PER_ACCURACY_TASK, 1]
     assert tuple(ref for t in scored for ref in t.samples) == dataset.samples
-    assert [t.samples for t in plan.tasks if t.kind is Kind.LATENCY] == [dataset.samples[:5]]
+    assert [t.samples for t in plan.tasks if t.kind is Kind.LATENCY] == [dataset.samples[:5]] * 2
 
 
 def test_a_task_says_how_it_is_run() -> None:
@@ -215,9 +224,66 @@ def test_a_task_says_how_it_is_run() -> None:
     )
     protocols = {t.kind: t.protocol for t in plan_of(spec, [planned_dataset(4, max_new_tokens=11)]).tasks}
     assert protocols[Kind.LATENCY] == Protocol(
-        max_new_tokens=9, batch_size=1, repeats=7, warmup=3, max_relative_error=0.02
+        max_new_tokens=9, batch_size=1, repeats=7, visits=2, warmup=3, max_relative_error=0.02
     )
     assert protocols[Kind.ACCURACY] == Protocol(max_new_tokens=11, batch_size=5, metric="exact_match")
+
+
+def test_repeats_are_split_over_visits_and_come_back_to_every_combination() -> None:
+    spec = sweep("{active_blocks: [2, 4, 6], longest_edge: [32, 64, 128]}", latency="{repeats: 5, visits: 2}")
+    plan = plan_of(spec)
+    timed = [t for t in plan.tasks if t.kind is Kind.LATENCY]
+    assert [t.visit for t in timed] == [0] * 9 + [1] * 9, "all combinations, and then all of them again"
+    orders = [[t.knobs for t in timed if t.visit == visit] for visit in (0, 1)]
+    assert set(orders[0]) == set(orders[1])
+    grid = [c.knobs for c in plan.combinations]
+    assert orders[0] != orders[1] != grid != orders[0], "each visit has an order of its own, and none is the grid's"
+    shares = [t.protocol.first_repeat(t.visit + 1) - t.protocol.first_repeat(t.visit) for t in timed]
+    assert shares == [3] * 9 + [2] * 9
+    for combination in plan.combinations:
+        visits = {t.task_id: t.visit for t in timed if t.knobs == combination.knobs}
+        assert [visits[task_id] for task_id in combination.latency_tasks] == [0, 1]
+
+
+def test_the_order_follows_from_the_seed_and_keeps_when_combinations_are_added() -> None:
+    def order(seed: int, blocks: str) -> list[str]:
+        spec = sweep(f"{{active_blocks: {blocks}}}", latency=f"{{visits: 1, seed: {seed}}}")
+        return [t.task_id for t in plan_of(spec).tasks if t.kind is Kind.LATENCY]
+
+    few, many = order(0, "[1, 3, 5]"), order(0, "[1, 2, 3, 4, 5, 6]")
+    assert [task_id for task_id in many if task_id in few] == few
+    assert sorted(order(1, "[1, 2, 3, 4, 5, 6]")) == sorted(many), "the seed is not part of a task"
+    assert len({tuple(order(seed, "[1, 2, 3, 4, 5, 6]")) for seed in range(5)}) > 1
+
+
+def test_there_are_no_more_visits_than_repeats() -> None:
+    timed = [t for t in plan_of(sweep(latency="{repeats: 1, visits: 3}")).tasks if t.kind is Kind.LATENCY]
+    assert [(t.visit, t.protocol.visits) for t in timed] == [(0, 1)]
+
+
+def test_batch_sizes_are_combinations_that_share_their_scores() -> None:
+    plan = plan_of(sweep("{active_blocks: [3]}", latency="{batch_size: [1, 4]}"))
+    assert [c.timed and c.timed.batch_size for c in plan.combinations] == [1, 4]
+    one, four = plan.combinations
+    assert one.combination_id != four.combination_id
+    assert one.accuracy_tasks == four.accuracy_tasks
+    assert not set(one.latency_tasks) & set(four.latency_tasks)
+
+
+def test_the_anchor_is_the_whole_model_at_the_lowest_vision_level_and_no_part_of_an_id() -> None:
+    spec = sweep("{longest_edge: [64, 32], moe_top_k: [1, 4], active_blocks: [3, 6]}", models="tiny-qwen3-vl-moe")
+    anchors = {t.anchor for t in plan_of(spec).tasks if t.kind is Kind.LATENCY}
+    assert [(a.moe_top_k, len(a.active_blocks)) for a in anchors if a is not None] == [(4, 6)]
+    by_id = {t.task_id: t for t in plan_of(spec).tasks}
+    other = {
+        t.task_id: t for t in plan_of(sweep("{moe_top_k: [1], active_blocks: [3]}", models="tiny-qwen3-vl-moe")).tasks
+    }
+    shared = [by_id[task_id] for task_id in other if by_id[task_id].kind is Kind.LATENCY]
+    assert shared
+    assert all(task.anchor != other[task.task_id].anchor for task in shared)
+    dense = plan_of(sweep("{longest_edge: [64, 32], active_blocks: [3, 6]}"))
+    assert {t.anchor and t.anchor.vision.value for t in dense.tasks if t.kind is Kind.LATENCY} == {32}
+    assert {t.anchor for t in dense.tasks if t.kind is Kind.ACCURACY} == {None}
 
 
 def test_models_that_differ_only_in_what_is_written_out_are_one() -> None:
@@ -240,9 +306,9 @@ def test_a_combination_knows_what_is_promised_where_every_image_gets_the_same() 
 # -- identity ---------------------------------------------------------------------------------------------------------
 
 # When one of these changes on purpose, because a number is obtained in another way, raise PROTOCOL_VERSION in
-# workers/schema.py and put the new ids here; all existing results are then measured again. When the change is not meant
+# workers/tasks.py and put the new ids here; all existing results are then measured again. When the change is not meant
 # to alter any number, undo it: everyone's finished tasks would be lost to their next run.
-GOLDEN = {Kind.LATENCY: "7072bdd7256c5a35825db6c558aa96a5", Kind.ACCURACY: "41569d58888ec19c7cc99bbd629b48dc"}
+GOLDEN = {Kind.LATENCY: "d21c69778bd449ddcb33202fd902882a", Kind.ACCURACY: "f73c4b162873a2f49b96812a5c2efb49"}
 
 
 @pytest.mark.parametrize("kind", OF_COMBINATIONS)
@@ -328,7 +394,7 @@ def test_what_decides_no_result_leaves_the_id(kind: Kind, change: dict[str, Any]
     assert task(kind, **change).task_id == task(kind).task_id
 
 
-GOLDEN_COMBINATION = "e7c9ad505d68200b94f60edebf7e9582"
+GOLDEN_COMBINATION = "40d05cc8eea3f8c4d4e66ffc90a851c2"
 
 
 def combination_id(**changes: Any) -> str:
@@ -407,12 +473,13 @@ def test_nothing_that_travels_with_a_task_was_forgotten_by_the_tests_above() -> 
         },
         "Knobs": {"vision", "moe_top_k", "active_blocks"},
         "Protocol": {
-            *("max_new_tokens", "batch_size", "repeats", "warmup", "metric"),
+            *("max_new_tokens", "batch_size", "repeats", "visits", "warmup", "metric"),
             *("max_relative_error", "max_seconds"),
         },
         "Task": {
             *("task_id", "combination_id", "kind", "sweep", "accelerator"),
-            *("model", "knobs", "dataset", "samples", "protocol"),
+            *("model", "knobs", "dataset", "samples", "protocol", "visit"),
+            "anchor",  # decides nothing about the rows
             *("method", "candidates"),  # of importance tasks; see test_block_choice
         },
     }
@@ -444,7 +511,7 @@ def test_no_two_tasks_of_many_random_sweeps_share_an_id() -> None:
         )
         dataset = planned_dataset(generator.randint(1, 5), generator.choice("ab"), generator.randint(1, 3))
         for t in plan_of(spec, [dataset], accelerators=generator.sample(["H100", "A100", "cpu"], 2)).tasks:
-            content = (t.kind, t.accelerator, t.model, t.knobs, t.samples, t.protocol)
+            content = (t.kind, t.accelerator, t.model, t.knobs, t.samples, t.protocol, t.visit)
             assert found.setdefault(t.task_id, content) == content
     assert len(found) > 3000
     assert len(set(found.values())) == len(found)

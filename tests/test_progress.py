@@ -8,7 +8,7 @@ from handmade import task
 from orchestrator import progress
 from orchestrator.progress import ProgressReport
 from orchestrator.schedule import Outcome
-from workers.schema import Status, TaskResult
+from workers.tasks import Status, TaskResult
 
 
 def outcome(status: Status) -> Outcome:

@@ -20,14 +20,15 @@ from orchestrator.spec import Sweep, parse_sweep
 from orchestrator.store import ResultStore, StoreError
 from orchestrator.summary import print_failures
 from workers.datasets import fingerprint
-from workers.schema import COMBINATION_COLUMNS, FailureKind, Kind, Status, Task, TaskResult
+from workers.schema import COMBINATION_COLUMNS
+from workers.tasks import FailureKind, Kind, Status, Task, TaskResult
 
 BEGIN = STARTED.timestamp()
 
 
 def sweep(**sections: str) -> Sweep:
     text = "name: example\nmodels: [tiny-smolvlm]\ndatasets: [{name: written/as/a/path}]\n"
-    sections = {"knobs": "{active_blocks: [3, 6]}", "latency": "{samples: 2, repeats: 2}"} | sections
+    sections = {"knobs": "{active_blocks: [3, 6]}", "latency": "{samples: 2, repeats: 2, visits: 1}"} | sections
     return parse_sweep(text + "".join(f"{key}: {value}\n" for key, value in sections.items()))
 
 
@@ -206,9 +207,9 @@ def test_only_samples_with_a_score_are_in_the_digest(start: Any) -> None:
 
 
 def test_rows_that_were_measured_in_two_ways_stand_side_by_side_and_can_be_told_apart(start: Any) -> None:
-    first: Run = start(sweep(knobs="{longest_edge: [32, 64, 96]}", latency="{samples: 2, output_tokens: 4}"))
+    first: Run = start(sweep(knobs="{longest_edge: [32, 64, 96]}", latency="{samples: 2, visits: 1, output_tokens: 4}"))
     first.all_done()
-    longer: Run = start(sweep(knobs="{longest_edge: [32]}", latency="{samples: 2, output_tokens: 16}"))
+    longer: Run = start(sweep(knobs="{longest_edge: [32]}", latency="{samples: 2, visits: 1, output_tokens: 16}"))
     (missing,) = longer.recorder.todo()
     assert missing.kind is Kind.LATENCY  # the scores are the same ones
     longer.all_done()

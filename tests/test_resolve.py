@@ -10,7 +10,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from orchestrator.plan import make_plan
+from orchestrator import resolve as resolve_module
+from orchestrator.plan import distinct, make_plan
 from orchestrator.resolve import (
     DEFAULT_MAX_NEW_TOKENS,
     accelerators_wanted,
@@ -154,6 +155,73 @@ def test_back_ends_have_defaults_and_experts_only_where_there_are_some(tmp_path:
     assert [source.experts for source in sources] == [None, "grouped_mm", "eager"]
 
 
+def test_every_combination_of_levels_is_a_model_and_each_entry_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def counting(name: str, **options: Any) -> Any:
+        read.append(name)
+        return describe(name, **options)
+
+    monkeypatch.setattr(resolve_module, "describe", counting)
+    sweep = written(
+        tmp_path,
+        "[{name: tiny-qwen3-vl-moe, engine: [eager, graph], experts: [batched_mm, eager], dtype: [float16, bfloat16]}, "
+        "{name: tiny-smolvlm, attention: [sdpa, eager]}]",
+    )
+    cards = resolve_models(sweep, offline=True)
+    assert read == ["tiny-qwen3-vl-moe", "tiny-smolvlm"]
+    assert [card.name for card in cards] == read
+    models = planned_models(sweep, cards, ["cpu"])
+    assert [(model.source.dtype, model.source.experts, model.source.engine) for model in models[:8]] == [
+        (dtype, experts, engine)
+        for dtype in ("float16", "bfloat16")
+        for experts in ("batched_mm", "eager")
+        for engine in ("eager", "graph")
+    ]
+    assert all(model.card is cards[0] for model in models[:8])
+    assert [(model.source.name, model.source.attention, model.source.dtype) for model in models[8:]] == [
+        ("tiny-smolvlm", "sdpa", "float32"),
+        ("tiny-smolvlm", "eager", "float32"),
+    ]
+    assert len(distinct(models)) == len(models) == 10
+
+
+def test_levels_that_come_to_the_same_model_are_planned_once(tmp_path: Path) -> None:
+    dense = "[{name: tiny-smolvlm, experts: [eager, grouped_mm, batched_mm], attention: [sdpa, eager]}, tiny-smolvlm]"
+    sweep = written(tmp_path, dense)
+    models = planned_models(sweep, resolve_models(sweep, offline=True), ["cpu"])
+    assert [(model.source.attention, model.source.experts) for model in models] == [
+        *[("sdpa", None)] * 3,
+        *[("eager", None)] * 3,
+        ("sdpa", None),
+    ]
+    assert [model.source.attention for model in distinct(models).values()] == ["sdpa", "eager"]
+    plan = make_plan(sweep, models, resolve_datasets(sweep), ["cpu"])
+    assert [combination.model.attention for combination in plan.combinations] == ["sdpa", "eager"]
+
+
+def test_what_is_wrong_with_an_entry_of_many_variants_is_reported_once(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "one" / "model")
+    checkpoint(tmp_path / "two" / "model")
+    axes = "engine: [eager, graph], attention: [sdpa, eager]"
+    entries = (
+        f"[{{name: one/model, {axes}}}, {{name: two/model, {axes}}}, {{name: nowhere, {axes}}}, "
+        f"{{name: tiny-smolvlm, weights: checkpoint, {axes}}}]"
+    )
+    lines = refused(resolve_models, written(tmp_path, entries), offline=True)
+    assert [line.split(": ")[1] for line in lines] == ["models[1]", "models[2]", "models[3].weights"]
+
+
+def test_cards_that_are_not_those_of_the_sweep_are_no_models_of_it(tmp_path: Path) -> None:
+    sweep = written(tmp_path, "[{name: tiny-smolvlm, engine: [eager, graph]}, tiny-internvl]")
+    cards = resolve_models(sweep, offline=True)
+    for wrong in (cards[:1], [*cards, cards[0]]):
+        with pytest.raises(ValueError, match="zip"):
+            planned_models(sweep, wrong, ["cpu"])
+
+
 # -- data sets --------------------------------------------------------------------------------------------------------
 
 
@@ -249,15 +317,19 @@ def test_everything_that_is_not_available_yet_is_refused_at_once() -> None:
         "  - tiny-smolvlm\n"
         "  - {name: tiny-internvl, engine: graph}\n"
         "datasets: [demo]\n"
-        "latency:\n"
-        "  batch_size: 2\n"
+        "hardware: [{accelerator: A100, min_memory_gb: 80}, {accelerator: a100, min_memory_gb: 40}]\n"
         "results: s3://bucket/results\n",
         "sweep.yaml",
     )
     assert refused(refuse_unavailable, sweep) == [
-        "sweep.yaml:7: latency.batch_size: only 1 is available yet",
-        "sweep.yaml:8: results: only local folders are available yet",
+        "sweep.yaml:6: hardware[1]: a100 of another memory size is not available yet",
+        "sweep.yaml:7: results: only local folders are available yet",
     ]
+
+
+@pytest.mark.parametrize("batch_size", ["1", "16", "[1, 4, 16]"])
+def test_batches_of_any_size_are_available(tmp_path: Path, batch_size: str) -> None:
+    refuse_unavailable(written(tmp_path, more=f"latency: {{batch_size: {batch_size}, visits: 3, seed: 1}}"))
 
 
 # -- the sweeps of the project ----------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 from orchestrator import schedule
 from orchestrator.cluster import ClusterError, Pool
 from orchestrator.schedule import Outcome, Scheduler
-from workers.schema import FailureKind, Status, Task, TaskResult
+from workers.tasks import FailureKind, Status, Task, TaskResult
 
 ONE, TWO = [Pool("cpu", 1, 1)], [Pool("cpu", 2, 1)]
 

@@ -18,11 +18,11 @@ from workers.schema import (
     SUMMARISED,
     TABLES,
     Column,
-    Knobs,
     arrow_schema,
     knob_columns,
     to_table,
 )
+from workers.tasks import Knobs
 
 # One base unit per quantity, and how a name that carries it ends.
 UNIT_ENDINGS = {"ms": "_ms", "s": "_s", "byte": "_bytes", "J": "_j", "MHz": "_mhz", "W": "_w", "°C": "_c"}
@@ -76,13 +76,16 @@ VISION = [
 ]
 ACCURACY = ["accuracy", "accuracy_se", "metric", "num_samples", "num_failed", "output_tokens_mean"]
 TIMES = ["preprocess_ms", "vision_ms", "projector_ms", "prefill_ms", "decode_ms", "tpot_ms", "ttft_ms", "total_ms"]
+CORRECTED = ["corrected_mean", "corrected_p50"]
 STATISTICS = ["mean", "std", "p50", "p90", "p95", "p99", "ci95"]
 LATENCY = [f"{name}_{statistic}" for name in TIMES for statistic in STATISTICS]
-LATENCY += ["num_timed", "num_invalid", "residual_fraction"]
+LATENCY += [f"{name}_{statistic}" for name in TIMES for statistic in CORRECTED]
+LATENCY += ["num_timed", "num_invalid", "residual_fraction", "visit_spread"]
 MEASURED = [
     "prompt",
     "timed_output_tokens",
     "timed_repeats",
+    "timed_visits",
     "timed_max_relative_error",
     "timed_limit_s",
     "stopped_by",
@@ -94,7 +97,7 @@ MEASURED = [
     "samples_digest",
     "task_ids",
 ]
-COST = ["peak_memory_bytes", "flops", "kv_cache_bytes", "energy_j"]
+COST = ["peak_memory_bytes", "peak_reserved_bytes", "weights_bytes", "flops", "kv_cache_bytes", "energy_j"]
 
 # What the raw rows must hold behind them.
 SAMPLE = [
@@ -132,7 +135,7 @@ def test_a_column_has_a_meaning_and_a_unit(table: str, column: Column) -> None:
     assert len(column.meaning) >= 7
     assert column.unit in UNIT_ENDINGS.keys() | OTHER_UNITS
     stem = column.name
-    for statistic in STATISTICS:
+    for statistic in [*CORRECTED, *STATISTICS]:
         stem = stem.removesuffix(f"_{statistic}")
     stem = stem.removesuffix("_start").removesuffix("_end")
     for unit, ending in UNIT_ENDINGS.items():
@@ -155,7 +158,7 @@ def test_a_combination_says_everything_that_was_promised() -> None:
     # Beyond the promise: the transfer to the device, a stage of its own.
     extra = names(COMBINATION_COLUMNS) - promised
     how_crops_are_chosen = {"tier_definition", "aspect_distance", "resize_to_fill"}
-    assert extra == {f"transfer_ms_{statistic}" for statistic in STATISTICS} | how_crops_are_chosen
+    assert extra == {f"transfer_ms_{name}" for name in [*STATISTICS, *CORRECTED]} | how_crops_are_chosen
 
 
 @pytest.mark.parametrize("table", ["latency", "accuracy"])

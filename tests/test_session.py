@@ -17,135 +17,35 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
-from checkpoints import save
 from handmade import OF_COMBINATIONS
-from tiny import TINY, picture, tiny_model
+from sessions import (
+    PROJECT,
+    SCORED,
+    TIMED,
+    assert_no_knob_is_switched,
+    awkward_data,
+    failure,
+    model_of,
+    rows_of,
+    task_for,
+)
+from tiny import TINY, picture
 
 from knobs.errors import KnobError
-from knobs.experts import routers
 from knobs.vision import VisionSetting
 from orchestrator.analysis import aggregate
-from workers.datasets import Dataset, DatasetSource, resolve_source
+from workers.datasets import Dataset, DatasetSource
 from workers.errors import DatasetError, DeviceError, ModelError, RowMismatch, SampleError
 from workers.models import describe, loading
 from workers.models.adapter import VisionLanguageModel
 from workers.prepared import PreparedSamples
 from workers.probes import Device, accelerator_kind, cpu_name, current_device
-from workers.schema import STAGES, FailureKind, Kind, Knobs, ModelSource, Protocol, Status, Task, arrow_schema
 from workers.session import Session, _failure_kind
+from workers.tasks import FailureKind, Kind, ModelSource, Protocol
 
-PROJECT = Path(__file__).resolve().parents[1]
-TIMED = Protocol(max_new_tokens=3, batch_size=1, repeats=2, warmup=1)
 METRIC = "vqa_accuracy/loo-always"  # scorer and variant
-SCORED = Protocol(max_new_tokens=6, batch_size=4, metric="vqa_accuracy")
 
-
-@pytest.fixture(scope="session")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSource]:
-    """The tiny models with sharp weights, as checkpoints in folders."""
-    found = {}
-    for name in TINY:
-        folder = save(tiny_model(name), tmp_path_factory.mktemp("models") / name)
-        card = describe(str(folder))
-        found[name] = ModelSource(
-            name=name,
-            family=card.family.name,
-            place=str(folder),
-            revision=card.fingerprint,
-            weights="checkpoint",
-            fingerprint=card.fingerprint,
-            dtype="float32",
-            attention="sdpa",
-            experts=None if card.num_experts is None else "grouped_mm",
-            engine="eager",
-        )
-    return found
-
-
-@pytest.fixture(autouse=True)
-def quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What else runs beside the tests is no subject of this file; see test_conditions."""
-    monkeypatch.setattr("workers.session.reasons", lambda before, after: [])
-
-
-@pytest.fixture
-def session() -> Session:
-    return Session("worker-1", torch.device("cpu"))
-
-
-def demo() -> DatasetSource:
-    return resolve_source(name="demo", base_folder=PROJECT / "sweeps")
-
-
-def task_for(
-    source: ModelSource,
-    kind: Kind = Kind.ACCURACY,
-    *,
-    data: DatasetSource | None = None,
-    samples: int = 6,
-    protocol: Protocol | None = None,
-    **knobs: Any,
-) -> Task:
-    """A task by hand: the first blocks of six, the model's own top-k, native images, unless `knobs` says otherwise."""
-    data = data or demo()
-    card = describe(source.place)
-    point = {"vision": VisionSetting(), "moe_top_k": card.moe_top_k, "active_blocks": tuple(range(card.num_blocks))}
-    refs = tuple(Dataset.open(data).select(samples, 42))
-    protocol = protocol or (SCORED if kind is Kind.ACCURACY else TIMED)
-    return Task("t1", "c1", kind, "by-hand", None, source, Knobs(**{**point, **knobs}), data, refs, protocol)
-
-
-def rows_of(session: Session, task: Task) -> list[dict[str, Any]]:
-    result = session.run(task)
-    assert result.status is Status.DONE, result.traceback
-    assert (result.failure, result.reason, result.traceback) == (None, None, None)
-    assert result.rows is not None
-    assert result.rows.schema.equals(arrow_schema(task.kind), check_metadata=True)
-    rows: list[dict[str, Any]] = result.rows.to_pylist()
-    return rows
-
-
-def failure(session: Session, task: Task) -> tuple[FailureKind | None, str]:
-    result = session.run(task)
-    assert result.status is Status.FAILED
-    assert result.rows is None
-    assert result.reason is not None
-    assert result.traceback is not None
-    assert result.traceback.startswith("Traceback (most recent call last):")
-    assert "\n" not in result.reason
-    return result.failure, result.reason
-
-
-def model_of(session: Session) -> VisionLanguageModel:
-    assert session._vlm is not None
-    return session._vlm
-
-
-def assert_no_knob_is_switched(session: Session) -> None:
-    vlm = model_of(session)
-    assert [name for name, module in vlm.model.named_modules() if "forward" in module.__dict__] == []
-    assert vlm.decoder._forward_pre_hooks == {}
-    assert {router.top_k for router in routers(vlm.model)} <= {vlm.card.moe_top_k}
-
-
-@pytest.fixture(scope="session")
-def awkward(tmp_path_factory: pytest.TempPathFactory) -> DatasetSource:
-    """Four questions about a good, a truncated, a very narrow and another good image."""
-    return awkward_data(tmp_path_factory.mktemp("awkward"))
-
-
-def awkward_data(folder: Path) -> DatasetSource:
-    lines = []
-    for name, size in [("good", (40, 60)), ("truncated", (60, 40)), ("narrow", (1, 3000)), ("fine", (50, 50))]:
-        file = folder / f"{name}.png"
-        picture(*size).save(file)
-        if name == "truncated":
-            file.write_bytes(file.read_bytes()[:200])
-        lines.append({"file_name": file.name, "id": name, "question": f"What is {name}?", "answers": ["a circle"] * 10})
-    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n")
-    return resolve_source(
-        name="awkward", path=str(folder), metric="vqa_accuracy", columns={"id": "id"}, base_folder=folder
-    )
+pytestmark = pytest.mark.usefixtures("quiet_machine")
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
@@ -181,24 +81,6 @@ def test_accuracy_rows(session: Session, sources: dict[str, ModelSource], name: 
     assert_no_knob_is_switched(session)
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_latency_rows(session: Session, sources: dict[str, ModelSource], name: str) -> None:
-    task = task_for(sources[name], Kind.LATENCY, samples=3, active_blocks=(1, 2))
-    rows = rows_of(session, task)
-    asked = [ref.uid for ref in task.samples]
-    assert [(row["repeat"], row["sample_id"]) for row in rows] == [(r, uid) for r in (0, 1) for uid in asked]
-    for row in rows:
-        assert min(row[stage] for stage in STAGES) > 0
-        assert row["residual_ms"] >= 0
-        assert row["total_ms"] > row["ttft_ms"] > row["prefill_ms"]
-        assert (row["output_tokens"], len(row["decode_step_ms"]), row["batch_size"]) == (3, 2, 1)
-        assert row["tpot_ms"] == pytest.approx(sum(row["decode_step_ms"]) / 2)
-        assert (row["valid"], row["invalid_reasons"], row["status"]) == (True, [], "done")
-        assert row["kv_cache_bytes"] > 0
-        assert row["peak_memory_bytes"] is None
-    assert_no_knob_is_switched(session)
-
-
 @pytest.mark.parametrize("kind", OF_COMBINATIONS)
 def test_rows_say_what_decides_the_time_on_the_host(
     sources: dict[str, ModelSource], awkward: DatasetSource, kind: Kind
@@ -215,7 +97,7 @@ def test_rows_say_what_decides_the_time_on_the_host(
     found = {(row["device_uuid"], row["threads"], row["niceness"]) for row in rows}
     assert found == {(None, threads + 1, os.nice(0))}
 
-    session.found = replace(session.found, uuid="GPU-1", niceness=15)
+    session._rows.found = replace(session.found, uuid="GPU-1", niceness=15)
     for row in rows_of(session, task_for(sources["tiny-smolvlm"], kind, samples=2)):
         assert (row["device_uuid"], row["niceness"]) == ("GPU-1", 15)
 
@@ -261,69 +143,6 @@ def test_an_answer_that_ends_by_itself(session: Session, sources: dict[str, Mode
     ended = rows_of(session, task)[0]
     assert ended["stop_reason"] == "eos"
     assert ended["output_tokens"] <= 2
-
-
-def test_operations_and_conditions_stand_in_timed_rows(session: Session, sources: dict[str, ModelSource]) -> None:
-    source = sources["tiny-qwen3-vl-moe"]
-    flops = {}
-    for k in (1, 2, 3):
-        task = task_for(source, Kind.LATENCY, samples=3, moe_top_k=k)
-        result = session.run(task)
-        assert result.rows is not None, result.traceback
-        rows = result.rows.to_pylist()
-        for row in rows:
-            parts = [row[f"{stage}_flops"] for stage in ("vision", "projector", "prefill", "decode")]
-            counted = row["sample_id"] in {ref.uid for ref in task.samples[:2]}
-            assert row["flops"] == (sum(parts) if counted else None)
-            assert all(part is None or part > 0 for part in parts)
-            assert row["cpu_load_others"] >= 0
-            assert row["sm_clock_mhz_start"] is None  # no GPU
-            assert result.environment is not None
-            assert row["environment_id"] == result.environment["environment_id"]
-        flops[k] = rows[0]["prefill_flops"]
-        # Every repeat of a sample has the same count.
-        assert len({row["flops"] for row in rows if row["sample_id"] == rows[0]["sample_id"]}) == 1
-    assert flops[3] - flops[2] == flops[2] - flops[1] > 0
-    (scored, *_) = rows_of(session, task_for(source))
-    assert scored["environment_id"] == result.environment["environment_id"]
-
-
-def test_what_disturbs_a_measurement_makes_its_row_invalid(
-    session: Session, sources: dict[str, ModelSource], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("workers.session.reasons", lambda before, after: ["cpu_busy"])
-    rows = rows_of(session, task_for(sources["tiny-smolvlm"], Kind.LATENCY, samples=1))
-    assert {(row["status"], row["valid"], *row["invalid_reasons"]) for row in rows} == {("done", False, "cpu_busy")}
-    frame = pd.DataFrame(rows)
-    found = aggregate(frame, pd.DataFrame(columns=frame.columns))
-    assert (found["num_timed"], found["num_invalid"]) == (0, len(rows))
-
-
-def test_repeats_end_when_the_medians_are_known(
-    session: Session, sources: dict[str, ModelSource], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Times that are always the same end after three rounds, ever different ones after the most; rows say which."""
-    spread, pace = [1.0], [1.0]
-    real = Session._time
-
-    def planted(self: Session, *arguments: Any) -> Any:
-        spread.append(spread[-1] * pace[-1])
-        timing = real(self, *arguments)
-        steps = tuple(spread[-1] for _ in timing.decode_step_ms)
-        return replace(timing, total_ms=100 * spread[-1], prefill_ms=10 * spread[-1], decode_step_ms=steps)
-
-    monkeypatch.setattr(Session, "_time", planted)
-    protocol = replace(TIMED, repeats=6, max_relative_error=0.02)
-    for growth, rounds, reason in [(1.0, 3, "precise"), (1.5, 6, "repeats")]:
-        pace.append(growth)
-        rows = rows_of(session, task_for(sources["tiny-smolvlm"], Kind.LATENCY, samples=2, protocol=protocol))
-        assert [row["repeat"] for row in rows] == [i // 2 for i in range(2 * rounds)]
-        assert {row["stopped_by"] for row in rows} == {reason}
-        (error,) = {row["relative_error"] for row in rows}
-        assert (error < 0.02) == (reason == "precise")
-    protocol = replace(TIMED, repeats=2, max_seconds=1e-6)
-    rows = rows_of(session, task_for(sources["tiny-smolvlm"], Kind.LATENCY, samples=2, protocol=protocol))
-    assert {(row["repeat"], row["stopped_by"], row["relative_error"]) for row in rows} == {(0, "seconds", None)}
 
 
 FULL = VisionSetting("tier", "low", force_full_tokens=True)
@@ -512,13 +331,6 @@ def test_a_value_error_of_the_model_is_not_blamed_on_the_sample(
         assert failure(session, task) == (FailureKind.ERROR, "ValueError: planted")
     finally:
         hook.remove()
-
-
-def test_batched_latency_is_refused_rather_than_mislabelled(session: Session, sources: dict[str, ModelSource]) -> None:
-    task = task_for(sources["tiny-smolvlm"], Kind.LATENCY, protocol=replace(TIMED, batch_size=4))
-    kind, reason = failure(session, task)
-    assert kind is FailureKind.ERROR
-    assert reason == "NotImplementedError: latency is timed one sample at a time, not 4"
 
 
 def test_out_of_main_memory(session: Session, sources: dict[str, ModelSource]) -> None:
@@ -779,7 +591,8 @@ def encodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in row.items() if name != "started_at"} for row in rows]
+    times = ("started_at", "session_started_at")
+    return [{name: value for name, value in row.items() if name not in times} for row in rows]
 
 
 @pytest.mark.parametrize("name", TINY)

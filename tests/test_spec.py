@@ -16,13 +16,15 @@ from pydantic import ValidationError
 
 from orchestrator.json_schema import SCHEMA_PATH, schema_text, sweep_json_schema
 from orchestrator.spec import Accuracy, Latency, Problem, SpecError, load_sweep, parse_sweep
-from orchestrator.spec_models import Knobs, Section, Sweep
+from orchestrator.spec_models import MODEL_AXES, Knobs, ModelEntry, ModelVariant, Section, Sweep
 
 ROOT = Path(__file__).parent.parent
 SWEEPS = sorted(path for path in (ROOT / "sweeps").glob("*.yaml") if path.name != "datasets.yaml")  # the presets
 HEAD = "name: x\nmodels: [m]\ndatasets: [d]\n"
 AXES = ", ".join(Knobs.model_fields)
 TOP = ", ".join(Sweep.model_fields)
+COUNTS = "must be a whole number >= 1, or a list of them"
+ENGINES = "must be one of eager, graph, or a list of them"
 
 # What stands from line 4 of an otherwise valid sweep, and what is printed about it.
 MISTAKES_BELOW_THE_HEAD = [
@@ -40,7 +42,15 @@ MISTAKES_BELOW_THE_HEAD = [
     (
         "latency:\n  samples: 8\n  warm_up: 1",
         "6: latency.warm_up: unknown key, did you mean warmup? "
-        "(allowed: samples, repeats, output_tokens, batch_size, warmup, max_relative_error, max_seconds)",
+        "(allowed: samples, repeats, visits, output_tokens, batch_size, warmup, max_relative_error, max_seconds, seed)",
+    ),
+    (
+        "knobs: {batch_size: [4]}",
+        f"4: knobs.batch_size: unknown key, did you mean latency.batch_size? (allowed: {AXES})",
+    ),
+    (
+        "knobs: {engine: [eager, graph]}",
+        f"4: knobs.engine: unknown key, did you mean engine in an entry of models? (allowed: {AXES})",
     ),
     (
         "hardware:\n  - acelerator: H100",
@@ -87,6 +97,56 @@ MISTAKES_BELOW_THE_HEAD = [
         for value in ("0", "1", "-0.5", ".nan", ".inf", "true")
     ),
     ("accuracy: {batch_size: 0}", "4: accuracy.batch_size: must be a whole number >= 1, got 0"),
+    ("accuracy: {batch_size: [1, 4]}", "4: accuracy.batch_size: must be a whole number >= 1, got [1, 4]"),
+    # sizes of timed batches: one, or a list
+    *(
+        (f"latency: {{batch_size: {written}}}", f"4: latency.batch_size: {COUNTS}, got {shown}")
+        for written, shown in [
+            ("0", "0"),
+            ("-1", "-1"),
+            ("true", "true"),
+            ("4.0", "4.0"),
+            ("null", "null"),
+            ("all", "'all'"),
+            ("{from: 1}", "a mapping"),
+            ("'4'", "'4' (YAML reads this as text, write 4)"),
+            ("1e1", "'1e1' (YAML reads this as text, write 10)"),
+            ("'1, 4'", "'1, 4', write [1, 4]"),
+        ]
+    ),
+    ("latency:\n  batch_size:", f"5: latency.batch_size: {COUNTS}, got nothing"),
+    ("latency:\n  batch_size: 1, 4", f"5: latency.batch_size: {COUNTS}, got '1, 4', write [1, 4]"),
+    (
+        "latency: {batch_size: []}",
+        "4: latency.batch_size: must not be an empty list, name at least one value or leave the key out",
+    ),
+    (
+        "latency:\n  batch_size:\n  - 1\n  - 0\n  - '4'\n  - [4]",
+        "7: latency.batch_size[1]: must be a whole number >= 1, got 0\n"
+        "sweep.yaml:8: latency.batch_size[2]: must be a whole number >= 1, got '4' "
+        "(YAML reads this as text, write 4)\n"
+        "sweep.yaml:9: latency.batch_size[3]: must be a whole number >= 1, got [4]",
+    ),
+    (
+        "latency:\n  batch_size:\n  - 8\n  - 4\n  - 010",
+        "8: latency.batch_size[2]: 010 is listed twice, first on line 6",
+    ),
+    (
+        "latency: {batch_size: [4, 4, 4]}",
+        "4: latency.batch_size[1]: 4 is listed twice, first on line 4\n"
+        "sweep.yaml:4: latency.batch_size[2]: 4 is listed twice, first on line 4",
+    ),
+    ("latency: {batch_size: [4, 99999999999999999999]}", "4: latency.batch_size[1]: the number is too large"),
+    # visits and their order
+    ("latency: {visits: 0}", "4: latency.visits: must be a whole number >= 1, got 0"),
+    ("latency: {visits: [1, 2]}", "4: latency.visits: must be a whole number >= 1, got [1, 2]"),
+    (
+        "latency: {visit: 2}",
+        "4: latency.visit: unknown key, did you mean visits? "
+        "(allowed: samples, repeats, visits, output_tokens, batch_size, warmup, max_relative_error, max_seconds, seed)",
+    ),
+    ("latency: {seed: -1}", "4: latency.seed: must be a whole number from 0 to 4294967295, got -1"),
+    ("latency: {seed: 4294967296}", "4: latency.seed: must be a whole number from 0 to 4294967295, got 4294967296"),
     ("latency: off\naccuracy: off", "5: accuracy: latency and accuracy are both off, nothing is left to measure"),
     # hardware
     ("hardware: []", "4: hardware: must not be an empty list, name at least one value or leave the key out"),
@@ -296,7 +356,67 @@ MISTAKES_IN_WHOLE_FILES = [
     ("name: x\nmodels: [{dtype: float16}]\ndatasets: [d]", "sweep.yaml:2: models[0].name: required key is missing"),
     (
         "name: x\nmodels:\n- {name: m, dtype: bf16}\ndatasets: [d]",
-        "sweep.yaml:3: models[0].dtype: must be one of float32, bfloat16, float16, got 'bf16', did you mean bfloat16?",
+        "sweep.yaml:3: models[0].dtype: must be one of float32, bfloat16, float16, or a list of them, got 'bf16', "
+        "did you mean bfloat16?",
+    ),
+    (
+        "name: x\nmodels:\n- name: m\n  dtype:\n  - float16\n  - bf16\n  experts: [grouped, eager]\ndatasets: [d]",
+        "sweep.yaml:6: models[0].dtype[1]: must be one of float32, bfloat16, float16, got 'bf16', "
+        "did you mean bfloat16?\n"
+        "sweep.yaml:7: models[0].experts[0]: must be one of eager, grouped_mm, batched_mm, got 'grouped', "
+        "did you mean grouped_mm?",
+    ),
+    *(
+        (
+            f"name: x\nmodels:\n- name: m\n  engine: {written}\ndatasets: [d]",
+            f"sweep.yaml:4: models[0].engine: {ENGINES}, got {shown}",
+        )
+        for written, shown in [
+            ("eager, graph", "'eager, graph', write [eager, graph]"),
+            ("grpah", "'grpah', did you mean graph?"),
+            ("off", "off"),
+            ("~", "~"),
+            ("", "nothing"),
+            ("{eager: graph}", "a mapping"),
+        ]
+    ),
+    (
+        "name: x\nmodels: [{name: m, engine: [eager, null, on, [graph]]}]\ndatasets: [d]",
+        "sweep.yaml:2: models[0].engine[1]: must be one of eager, graph, got null\n"
+        "sweep.yaml:2: models[0].engine[2]: must be one of eager, graph, got on\n"
+        "sweep.yaml:2: models[0].engine[3]: must be one of eager, graph, got ['graph']",
+    ),
+    (
+        "name: x\nmodels: [{name: m, attention: [sdpa, !!int x]}]\ndatasets: [d]",
+        "sweep.yaml:2: models[0].attention[1]: cannot read 'x' as int",
+    ),
+    (
+        "name: x\nmodels: [{name: m, attention: []}]\ndatasets: [d]",
+        "sweep.yaml:2: models[0].attention: must not be an empty list, name at least one value or leave the key out",
+    ),
+    (
+        "name: x\nmodels: [{name: m, weights: [checkpoint, random]}]\ndatasets: [d]",
+        "sweep.yaml:2: models[0].weights: must be one of checkpoint, random, got ['checkpoint', 'random']",
+    ),
+    (
+        "name: x\nmodels:\n- m\n- name: n\n  attention:\n  - sdpa\n  - eager\n  - sdpa\ndatasets: [d]",
+        "sweep.yaml:8: models[1].attention[2]: sdpa is listed twice, first on line 6",
+    ),
+    (
+        "name: x\nmodels:\n- {name: m, engine: [eager, graph]}\n- {name: m, engine: eager}\ndatasets: [d]",
+        "sweep.yaml:4: models[1]: the same model is listed twice, first on line 3",
+    ),
+    (
+        "name: x\nmodels:\n- {name: m, engine: graph}\n- m\n- {name: m, engine: [graph, eager]}\ndatasets: [d]",
+        "sweep.yaml:5: models[2]: the same model is listed twice, first on line 3",
+    ),
+    (
+        "name: x\nmodels:\n- {name: m, attention: [sdpa, eager], engine: graph}\n"
+        "- {name: m, dtype: [float16, float61], attention: sdpa, engine: [eager, graph]}\n"
+        "- {name: m, dtype: [bfloat16, float16], attention: [eager, sdpa], engine: eager}\ndatasets: [d]",
+        "sweep.yaml:4: models[1].dtype[1]: must be one of float32, bfloat16, float16, got 'float61', "
+        "did you mean float16?\n"
+        "sweep.yaml:5: models[2]: the same model is listed twice, first on line 4",
     ),
     (
         "name: x\nmodels:\n- name: m\n  revision: 0b10\ndatasets: [d]",
@@ -376,15 +496,27 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_a_minimal_sweep_has_the_documented_defaults() -> None:
     sweep = parse_sweep(HEAD)
     assert (sweep.name, sweep.results, sweep.hardware) == ("x", "results/", None)
-    assert sweep.models[0].model_dump(exclude_none=True) == {"name": "m", "weights": "checkpoint", "engine": "eager"}
+    model = {"name": "m", "weights": "checkpoint", "engine": ("eager",)}
+    assert sweep.models[0].model_dump(exclude_none=True) == model
     assert sweep.datasets[0].model_dump(exclude_none=True) == {"name": "d", "seed": 0}
     assert sweep.knobs.axes == {}
     assert sweep.knobs.vision_axis is None
     assert sweep.block_selection.method == "prefix"
     assert (sweep.sampling.strategy, sweep.sampling.n, sweep.sampling.seed) == ("full", None, 0)
     assert sweep.latency == Latency(
-        samples=64, repeats=5, output_tokens=16, batch_size=1, warmup=1, max_relative_error=0.02, max_seconds=None
+        samples=64,
+        repeats=5,
+        visits=2,
+        output_tokens=16,
+        batch_size=1,
+        warmup=1,
+        max_relative_error=0.02,
+        max_seconds=None,
+        seed=0,
     )
+    assert sweep.latency == Latency()
+    assert sweep.latency is not None
+    assert sweep.latency.batch_size == (1,)
     assert sweep.accuracy == Accuracy(batch_size=16)
 
 
@@ -421,12 +553,70 @@ def test_values_that_yaml_makes_hard() -> None:
 
 def test_merge_keys_fill_in_what_is_not_written() -> None:
     sweep = parse_sweep("name: x\nmodels: [&m {name: m, dtype: float16}, {<<: *m, name: n}]\ndatasets: [d]")
-    assert [(model.name, model.dtype) for model in sweep.models] == [("m", "float16"), ("n", "float16")]
+    assert [(model.name, model.dtype) for model in sweep.models] == [("m", ("float16",)), ("n", ("float16",))]
 
 
 def test_the_same_model_twice_is_fine_when_another_key_differs() -> None:
     sweep = parse_sweep("name: x\nmodels: [m, {name: m, dtype: float16}]\ndatasets: [d]")
-    assert [model.dtype for model in sweep.models] == [None, "float16"]
+    assert [variant.dtype for variant in sweep.model_variants] == [None, "float16"]
+
+
+@pytest.mark.parametrize(
+    ("written", "sizes"),
+    [("16", (16,)), ("[16]", (16,)), ("[1, 4, 16]", (1, 4, 16)), ("[16, 1]", (16, 1)), ("0x10", (16,))],
+)
+def test_one_batch_size_is_a_list_of_one(written: str, sizes: tuple[int, ...]) -> None:
+    sweep = parse_sweep(HEAD + f"latency: {{batch_size: {written}}}")
+    assert sweep.latency is not None
+    assert sweep.latency.batch_size == sizes
+
+
+def test_more_visits_than_repeats_and_a_seed_are_fine() -> None:
+    sweep = parse_sweep(HEAD + "latency: {repeats: 2, visits: 3, seed: 7}")
+    assert sweep.latency is not None
+    assert (sweep.latency.repeats, sweep.latency.visits, sweep.latency.seed) == (2, 3, 7)
+
+
+def test_every_combination_of_the_levels_of_an_entry_is_a_model_of_its_own() -> None:
+    sweep = parse_sweep(
+        "name: x\nmodels: [m, {name: n, engine: [eager, graph], attention: [sdpa, eager], dtype: null}]\ndatasets: [d]"
+    )
+    m, n = sweep.models
+    assert (n.engine, n.attention, n.dtype, n.experts) == (("eager", "graph"), ("sdpa", "eager"), None, None)
+    assert sweep.model_variants == (
+        ModelVariant(0, m, None, None, None, "eager"),
+        ModelVariant(1, n, None, "sdpa", None, "eager"),
+        ModelVariant(1, n, None, "sdpa", None, "graph"),
+        ModelVariant(1, n, None, "eager", None, "eager"),
+        ModelVariant(1, n, None, "eager", None, "graph"),
+    )
+    assert sweep.where("models[1].engine[1]") == "sweep.yaml:2"
+
+
+def test_a_model_has_an_axis_for_each_key_that_takes_a_list() -> None:
+    axes = list(MODEL_AXES)
+    assert [name for name in ModelEntry.model_fields if name in axes] == axes
+    assert list(ModelVariant.__dataclass_fields__) == ["index", "entry", *axes]
+    for axis, levels in MODEL_AXES.items():
+        sweep = parse_sweep(f"name: x\nmodels: [{{name: m, {axis}: [{', '.join(levels)}]}}]\ndatasets: [d]")
+        assert [getattr(variant, axis) for variant in sweep.model_variants] == list(levels)
+
+
+def test_entries_that_share_levels_but_no_combination_are_fine() -> None:
+    entries = (
+        "{name: m, engine: [eager, graph], attention: sdpa}, {name: m, engine: [eager, graph], attention: eager}, "
+        "{name: m, engine: eager, dtype: [float16, float32]}, {name: m, engine: graph}, "
+        "{name: n, engine: [eager, graph]}"
+    )
+    sweep = parse_sweep(f"name: x\nmodels: [{entries}]\ndatasets: [d]")
+    assert [variant.index for variant in sweep.model_variants] == [0, 0, 1, 1, 2, 2, 3, 4, 4]
+
+
+def test_long_lists_of_levels_that_there_are_not_are_refused_in_no_time() -> None:
+    levels = ", ".join(f"level-{i}" for i in range(5000))
+    entry = ", ".join(f"{axis}: [{levels}]" for axis in MODEL_AXES)
+    lines = message(f"name: x\nmodels: [{{name: m, {entry}}}]\ndatasets: [d]").splitlines()
+    assert len(lines) == 5000 * len(MODEL_AXES)
 
 
 def test_where_finds_the_line_of_every_entry_and_value() -> None:
@@ -472,6 +662,40 @@ def test_the_committed_schema_is_current() -> None:
     assert SCHEMA_PATH.read_text(encoding="utf-8") == schema_text(), hint
 
 
+@pytest.mark.parametrize(
+    ("models", "latency", "right"),
+    [
+        ("[{name: m, engine: [eager, graph], dtype: float16}]", "{batch_size: 4}", True),
+        (
+            "[{name: m, engine: graph, attention: [sdpa, eager], experts: null}]",
+            "{batch_size: [1, 4], visits: 1}",
+            True,
+        ),
+        ("[{name: m, engine: []}]", "{}", False),
+        ("[{name: m, engine: [eager, eager]}]", "{}", False),
+        ("[{name: m, engine: null}]", "{}", False),
+        ("[m]", "{batch_size: []}", False),
+        ("[m]", "{batch_size: [4, 4]}", False),
+        ("[m]", "{batch_size: [0]}", False),
+        ("[m]", "{batch_size: 0}", False),
+        ("[m]", "{visits: 0}", False),
+    ],
+)
+def test_the_schema_takes_one_value_or_a_list_where_a_sweep_does(models: str, latency: str, right: bool) -> None:
+    text = f"name: x\nmodels: {models}\ndatasets: [d]\nlatency: {latency}\n"
+    assert (problems_of(text) == ()) is right
+    jsonschema: Any = pytest.importorskip("jsonschema")
+    schema = sweep_json_schema()
+    assert jsonschema.Draft202012Validator(schema).is_valid(yaml.safe_load(text)) is right
+
+
+def test_the_schema_tells_editors_the_value_that_is_taken_where_one_or_more_may_stand() -> None:
+    sections = sweep_json_schema()["$defs"]
+    assert sections["Latency"]["properties"]["batch_size"]["default"] == 1
+    assert sections["ModelEntry"]["properties"]["engine"]["default"] == "eager"
+    assert sections["ModelEntry"]["properties"]["dtype"]["default"] is None
+
+
 def test_every_key_is_explained_in_the_schema() -> None:
     for section in Section.__subclasses__():
         for name, field in section.model_fields.items():
@@ -484,7 +708,7 @@ GARBAGE = st.recursive(
     | st.integers()
     | st.floats()
     | st.text(max_size=6)
-    | st.sampled_from(["off", "low", "lhs", "560x336", "importance", "all", "<<", "1e3", "2:30"]),
+    | st.sampled_from(["off", "low", "lhs", "560x336", "importance", "all", "<<", "1e3", "2:30", "graph", "1, 4"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=8,
 )

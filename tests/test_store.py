@@ -19,7 +19,8 @@ import pytest
 from handmade import rows_of, samples, task, timed_row
 
 from orchestrator.store import DamagedParts, Place, ResultStore, StoreError, read_finished, read_table, results_folder
-from workers.schema import SCHEMA_VERSION, TABLES, Kind, arrow_schema, to_table
+from workers.schema import SCHEMA_VERSION, TABLES, arrow_schema, to_table
+from workers.tasks import Kind
 
 REPOSITORY = Path(__file__).parents[1]
 PLACE = Place("small", "H100", "questions")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from workers.schema import Task, TaskResult
+from workers.tasks import Task, TaskResult
 
 
 class Worker:

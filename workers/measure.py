@@ -1,4 +1,4 @@
-"""The timed region: one answer from image to last token, with a mark at every stage boundary and nothing else."""
+"""The timed region: a batch of answers from image to last token, a mark at every stage boundary and nothing else."""
 
 from __future__ import annotations
 
@@ -15,8 +15,16 @@ from PIL import Image
 
 from knobs.vision import VisionSetting
 from workers.models.adapter import VisionLanguageModel, kv_cache_bytes
-from workers.models.engines import EngineUse
+from workers.models.engines import DecodeState, EngineUse
 from workers.models.processing import Inputs
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question about images: decoded, RGB, in host memory."""
+
+    images: Sequence[Image.Image]
+    question: str
 
 
 class Clock:
@@ -41,12 +49,22 @@ class Clock:
         return float(begin.elapsed_time(end)) if self._cuda else (end - begin) * 1e3
 
 
+class BareClock(Clock):
+    """Only waits for the device: what an answer takes when nobody looks at its stages."""
+
+    def mark(self) -> Any:
+        return None
+
+
 @dataclass(frozen=True)
 class Timing:
-    """One timed answer; every duration in milliseconds, stages adjacent and disjoint.
+    """One timed batch of answers; every duration in milliseconds and of the whole batch, stages adjacent and disjoint.
 
-    `kv_cache_bytes` is what keys and values take at the end: as much as there are tokens with the eager engine, as much
-    as there is room for with the graph engine.
+    Attributes:
+        inputs: of every answer, as they were before they became a batch.
+        kv_cache_bytes: what keys and values take at the end: as much as there are tokens, padding included, with the
+            eager engine, as much as there is room for with the graph engine.
+        peak_memory_bytes, peak_reserved_bytes: device memory in use by tensors, and held by torch; None on a CPU.
     """
 
     preprocess_ms: float
@@ -57,10 +75,11 @@ class Timing:
     decode_step_ms: tuple[float, ...]
     ttft_ms: float
     total_ms: float
-    inputs: Inputs
+    inputs: tuple[Inputs, ...]
     output_tokens: int
     kv_cache_bytes: int
     peak_memory_bytes: int | None
+    peak_reserved_bytes: int | None
     engine_used: EngineUse
 
     @property
@@ -90,44 +109,78 @@ def time_answer(
     setting: VisionSetting,
     output_tokens: int,
 ) -> Timing:
-    """Time one greedy answer of exactly `output_tokens` tokens, end-of-sequence or not.
+    """Time one greedy answer; see `time_batch`."""
+    return time_batch(vlm, [Prompt(images, question)], setting, output_tokens)
+
+
+def time_batch(vlm: VisionLanguageModel, batch: Sequence[Prompt], setting: VisionSetting, output_tokens: int) -> Timing:
+    """Time the greedy answers to a batch of prompts, each of exactly `output_tokens` tokens, end-of-sequence or not.
 
     The knobs are set by the caller, the images are decoded. Total is taken by the host's clock and the stages by the
     device's, so that on a GPU their difference (`residual_ms`) is a check. On a CPU there is one clock, and the
     difference is near zero.
 
-    An answer that had to capture its decode step is thrown away, and so is the one after it, which fills the
+    Answers that had to capture their decode step are thrown away, and so are those after them, which fill the
     allocator's cache again that a capture empties.
 
     Raises:
-        ValueError: fewer than one output token, for prefill always makes the first.
+        ValueError: an empty batch, or fewer than one output token, for prefill always makes the first.
     """
+    clock = Clock(vlm.device)
+    return _timing(clock, _without_capture(vlm, batch, setting, output_tokens, clock), vlm.device)
+
+
+def time_bare(vlm: VisionLanguageModel, batch: Sequence[Prompt], setting: VisionSetting, output_tokens: int) -> float:
+    """Milliseconds of the same answers without a mark between begin and end: what `time_batch` is compared with.
+
+    Raises:
+        ValueError: as `time_batch`.
+    """
+    return _without_capture(vlm, batch, setting, output_tokens, BareClock(vlm.device)).total_ms
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """A batch that was answered: what it took by the host's clock, and the marks on the way."""
+
+    total_ms: float
+    start: Any
+    preprocessed: Any
+    transferred: Any
+    tower_ends: list[Any]
+    projected: Any
+    chosen: list[Any]
+    samples: tuple[Inputs, ...]
+    state: DecodeState
+
+
+def _without_capture(
+    vlm: VisionLanguageModel, batch: Sequence[Prompt], setting: VisionSetting, output_tokens: int, clock: Clock
+) -> _Answered:
+    if not batch:
+        raise ValueError("the batch is empty")
     if output_tokens < 1:
         raise ValueError(f"output_tokens is {output_tokens}; prefill makes the first token, so at least 1 is timed")
     captures = vlm.engine.captures
-    timing = _timed(vlm, images, question, setting, output_tokens)
+    answered = _answer(vlm, batch, setting, output_tokens, clock)
     while vlm.engine.captures != captures:
         captures = vlm.engine.captures
-        _timed(vlm, images, question, setting, output_tokens)
-        timing = _timed(vlm, images, question, setting, output_tokens)
-    return timing
+        _answer(vlm, batch, setting, output_tokens, clock)
+        answered = _answer(vlm, batch, setting, output_tokens, clock)
+    return answered
 
 
 @torch.inference_mode()
-def _timed(
-    vlm: VisionLanguageModel,
-    images: Sequence[Image.Image],
-    question: str,
-    setting: VisionSetting,
-    output_tokens: int,
-) -> Timing:
-    clock = Clock(vlm.device)
+def _answer(
+    vlm: VisionLanguageModel, batch: Sequence[Prompt], setting: VisionSetting, output_tokens: int, clock: Clock
+) -> _Answered:
     tower_ends: list[Any] = []
     with _undisturbed(vlm.device):
         clock.synchronize()
         host_start = time.perf_counter()
         start = clock.mark()
-        host_inputs = vlm.preprocess(images, question, setting)
+        samples = [vlm.preprocess(prompt.images, prompt.question, setting) for prompt in batch]
+        host_inputs = vlm.collate(samples)
         preprocessed = clock.mark()
         inputs = vlm.transfer(host_inputs)
         transferred = clock.mark()
@@ -140,21 +193,26 @@ def _timed(
             chosen.append(clock.mark())
         clock.synchronize()
         total_ms = (time.perf_counter() - host_start) * 1e3
+    return _Answered(total_ms, start, preprocessed, transferred, tower_ends, projected, chosen, tuple(samples), state)
 
+
+def _timing(clock: Clock, answered: _Answered, device: torch.device) -> Timing:
+    at, on_gpu = answered, device.type == "cuda"
     return Timing(
-        preprocess_ms=clock.ms(start, preprocessed),
-        transfer_ms=clock.ms(preprocessed, transferred),
-        vision_ms=clock.ms(transferred, tower_ends[-1]),
-        projector_ms=clock.ms(tower_ends[-1], projected),
-        prefill_ms=clock.ms(projected, chosen[0]),
-        decode_step_ms=tuple(clock.ms(a, b) for a, b in itertools.pairwise(chosen)),
-        ttft_ms=clock.ms(start, chosen[0]),
-        total_ms=total_ms,
-        inputs=host_inputs,
-        output_tokens=output_tokens,
-        kv_cache_bytes=kv_cache_bytes(state),
-        peak_memory_bytes=torch.cuda.max_memory_allocated(vlm.device) if vlm.device.type == "cuda" else None,
-        engine_used=state.use,
+        preprocess_ms=clock.ms(at.start, at.preprocessed),
+        transfer_ms=clock.ms(at.preprocessed, at.transferred),
+        vision_ms=clock.ms(at.transferred, at.tower_ends[-1]),
+        projector_ms=clock.ms(at.tower_ends[-1], at.projected),
+        prefill_ms=clock.ms(at.projected, at.chosen[0]),
+        decode_step_ms=tuple(clock.ms(a, b) for a, b in itertools.pairwise(at.chosen)),
+        ttft_ms=clock.ms(at.start, at.chosen[0]),
+        total_ms=at.total_ms,
+        inputs=at.samples,
+        output_tokens=len(at.chosen),
+        kv_cache_bytes=kv_cache_bytes(at.state),
+        peak_memory_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else None,
+        peak_reserved_bytes=torch.cuda.max_memory_reserved(device) if on_gpu else None,
+        engine_used=at.state.use,
     )
 
 

@@ -141,6 +141,17 @@ class Gpu:
             used_memory_bytes=self._used_memory(),
         )
 
+    def energy_j(self) -> float | None:
+        """Joules that the whole board has drawn since the driver was loaded; only differences mean anything.
+
+        Every process on the GPU counts. From Volta on (nvml.h, which counts in millijoules); None on older ones and on
+        a slice of MIG. It rises in steps, most often some 20 to 100 ms apart: `workers.energy` is made for them.
+        """
+        if self._handle is None:
+            return None
+        joules: float | None = self._ask("nvmlDeviceGetTotalEnergyConsumption", scale=1e-3)
+        return joules
+
     def _used_memory(self) -> int | None:
         """The first version of the question counts what the driver reserves as used, some drivers know no other."""
         memory = self._ask("nvmlDeviceGetMemoryInfo", _MEMORY_V2) or self._ask("nvmlDeviceGetMemoryInfo")

@@ -1,163 +1,20 @@
-"""The one place that says what a task is and what every column of every table means, with its unit."""
+"""The one place that says what every column of every table means, with its unit."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
-from enum import StrEnum
+from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
 
-from knobs.vision import VisionSetting
 from workers.columns import Column
 from workers.conditions import CONDITION_COLUMNS
-from workers.datasets import DatasetSource, SampleRef
 from workers.environment import ENVIRONMENT_COLUMNS
+from workers.tasks import Knobs
 
 # Raised when a column changes meaning. Old result folders stay readable; a new one is never mixed into them.
 SCHEMA_VERSION = 1
-
-# Raised when the way a number is obtained changes, so that old and new rows get different task ids.
-PROTOCOL_VERSION = 1
-
-
-class Kind(StrEnum):
-    """What a task does; the value is also the name of the table its rows go to.
-
-    Latency and accuracy belong to a combination; importance says what block lists are worth, before there are any.
-    """
-
-    LATENCY = "latency"
-    ACCURACY = "accuracy"
-    IMPORTANCE = "importance"
-
-
-class Status(StrEnum):
-    """How a task, or one row of it, ended."""
-
-    DONE = "done"
-    FAILED = "failed"
-    SKIPPED = "skipped"
-
-
-class FailureKind(StrEnum):
-    """Why something failed, by what follows from it rather than by the words of the message."""
-
-    BAD_SAMPLE = "bad_sample"
-    BAD_DATASET = "bad_dataset"
-    MODEL_LOAD = "model_load"
-    KNOB = "knob"
-    OUT_OF_MEMORY = "out_of_memory"
-    DEVICE_LOST = "device_lost"
-    WORKER_LOST = "worker_lost"
-    ERROR = "error"
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Everything that decides which network a worker builds; small, hashable and the same in every process.
-
-    Attributes:
-        name: as it is shown in results.
-        family: the module of `workers.models` that knows this kind, or `generic`.
-        place: where a worker finds it: absolute folder, hub id, or registered name. Not part of the identity.
-        revision: hub commit; None for local files (see `fingerprint`) and random weights.
-        weights: `checkpoint` or `random`.
-        fingerprint: digest of the weights and every file that decides what the model computes.
-        dtype, attention, experts, engine: how it runs; `experts` is None for a dense model, and where it has no choice.
-        moe_renormalization: what its routers do with the weights of the experts they choose (see `knobs.routing`); None
-            for a dense model. Follows from the configuration, so it is not part of the identity.
-    """
-
-    name: str
-    family: str
-    place: str
-    revision: str | None
-    weights: str
-    fingerprint: str
-    dtype: str
-    attention: str
-    experts: str | None
-    engine: str
-    moe_renormalization: str | None = None
-
-
-@dataclass(frozen=True)
-class Knobs:
-    """One effective point of the knob grid: nothing is left to a default, so that equal points are equal objects."""
-
-    vision: VisionSetting
-    moe_top_k: int | None
-    active_blocks: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How the samples of a task are run.
-
-    Attributes:
-        max_new_tokens: accuracy: the cap on the answer, which ends at end-of-sequence; latency: the exact length.
-        batch_size: samples per forward pass.
-        repeats: timed repeats per sample, at most (latency only).
-        warmup: untimed runs before the first repeat of every sample (latency only).
-        max_relative_error: repeats end when the medians are known this well, see `workers.stopping`; None: never early
-            (latency only).
-        max_seconds: no further round of repeats after this much time; None: no limit (latency only).
-        metric: scorer by name (accuracy only).
-    """
-
-    max_new_tokens: int
-    batch_size: int
-    repeats: int = 1
-    warmup: int = 0
-    max_relative_error: float | None = None
-    max_seconds: float | None = None
-    metric: str | None = None
-
-
-@dataclass(frozen=True)
-class Task:
-    """The unit of scheduling: one combination, one data set, one way to run it, a batch of samples.
-
-    Attributes:
-        accelerator: the kind of device whose time is wanted; None is any, for what does not depend on the device.
-        method: what is measured, a value of `knobs.importance.Method` (importance only).
-        candidates: block lists whose worth is measured (importance only).
-    """
-
-    task_id: str
-    combination_id: str
-    kind: Kind
-    sweep: str
-    accelerator: str | None
-    model: ModelSource
-    knobs: Knobs
-    dataset: DatasetSource
-    samples: tuple[SampleRef, ...]
-    protocol: Protocol
-    method: str | None = None
-    candidates: tuple[tuple[int, ...], ...] = ()
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """What comes up from a worker: rows, or the reason why there are none. Never an exception.
-
-    `environment` is the row of the table environments that the rows name.
-    """
-
-    task_id: str
-    status: Status
-    rows: pa.Table | None = None
-    failure: FailureKind | None = None
-    reason: str | None = None
-    traceback: str | None = None
-    worker: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, Any] | None = None
-    started_at: float = 0.0
-    finished_at: float = 0.0
-
 
 _STRING, _INT, _FLOAT, _BOOL = pa.string(), pa.int64(), pa.float64(), pa.bool_()
 _TIME = pa.timestamp("us", tz="UTC")
@@ -250,6 +107,9 @@ _SAMPLE = (
     Column("status", _STRING, "", "done or failed"),
     Column("error", _STRING, "", "why a failed row failed"),
     Column("worker", _STRING, "", "worker that ran it"),
+    Column(
+        "session_started_at", _TIME, "", "when the process of the worker began: tells one worker's runs apart in time"
+    ),
     Column("environment_id", _STRING, "", "what it ran in: versions, code, device, flags; see the table environments"),
     Column("device_uuid", _STRING, "", "tells two GPUs of a kind apart; null on a CPU"),
     Column(
@@ -268,8 +128,17 @@ LATENCY_COLUMNS = (
     *_IDENTITY,
     *KNOB_COLUMNS,
     *_SAMPLE,
-    Column("batch_size", _INT, "", "samples in the forward pass"),
-    Column("repeat", _INT, "", "timed repeat of this sample, from 0; warm-up runs are not stored"),
+    Column("batch_size", _INT, "", "samples in the forward pass; its times stand in the row of each of them"),
+    Column("batch", _INT, "", "number of its batch, from 0; the last one is filled up with the first samples"),
+    Column("visit", _INT, "", "which share of the repeats, from 0; other combinations are timed between two visits"),
+    Column("repeat", _INT, "", "timed repeat of this batch over all visits, from 0; warm-up runs are not stored"),
+    Column(
+        "first_call_ms",
+        _FLOAT,
+        "ms",
+        "total of the first, untimed answer to this batch in this visit: with what is done once, such as a capture; "
+        "null without warm-up",
+    ),
     Column("preprocess_ms", _FLOAT, "ms", "image and text in host memory -> tensors in host memory"),
     Column("transfer_ms", _FLOAT, "ms", "tensors on the host -> tensors on the device"),
     Column("vision_ms", _FLOAT, "ms", "vision tower: first kernel -> last hidden state"),
@@ -296,6 +165,13 @@ LATENCY_COLUMNS = (
     ),
     Column("peak_memory_bytes", _INT, "byte", "peak device memory allocated while the row ran; null on a CPU"),
     Column(
+        "peak_reserved_bytes",
+        _INT,
+        "byte",
+        "peak device memory that torch held while the row ran, in use or not; null on a CPU",
+    ),
+    Column("weights_bytes", _INT, "byte", "parameters and buffers of the model, of all blocks and experts"),
+    Column(
         "kv_cache_bytes",
         _INT,
         "byte",
@@ -318,15 +194,34 @@ LATENCY_COLUMNS = (
             ("", "of the whole answer"),
         )
     ),
+    Column(
+        "energy_j",
+        _FLOAT,
+        "J",
+        "energy of the device for one answer, of n in a batch of n: mean over the first batches, as many as take about "
+        "a second, run for it behind the timed rounds; null for the others and where the device has no counter",
+    ),
+    Column("energy_relative_error", _FLOAT, "", "how far the counter's ticks leave it open, as a ratio"),
     Column("valid", _BOOL, "", "false if something disturbed the measurement"),
     Column(
         "invalid_reasons",
         pa.list_(_STRING),
         "",
         "what disturbed it, see workers/validity.py; token_mismatch: force_full_tokens is on, and the prompt does not "
-        "hold all of them",
+        "hold all of them; slow_first_round: it took longer than the later rounds, in spite of the warm-up",
     ),
     *CONDITION_COLUMNS,
+)
+
+ANCHOR_COLUMNS = (
+    Column(
+        "marked",
+        _BOOL,
+        "",
+        "true: with a mark at every stage boundary, as combinations are timed; false: bare, with the total only",
+    ),
+    Column("pair", _INT, "", "one marked and one bare answer, right after each other; from 0 in every call"),
+    *LATENCY_COLUMNS,
 )
 
 ACCURACY_COLUMNS = (
@@ -364,6 +259,42 @@ IMPORTANCE_COLUMNS = (
     Column("started_at", _TIME, "", "wall clock at the start of its batch"),
 )
 
+# The timings that combinations summarise, each as the statistics below, and that workers are compared by.
+SUMMARISED = (*STAGES, "tpot_ms", "ttft_ms", "total_ms")
+
+WORKER_COLUMNS = (
+    Column("worker", _STRING, "", "worker by name"),
+    Column("session_started_at", _TIME, "", "when its process began"),
+    Column("host", _STRING, "", "machine, as it calls itself; null if its environment is not recorded"),
+    Column("device_name", _STRING, "", "device as its driver names it"),
+    Column("device_uuid", _STRING, "", "tells two GPUs of a kind apart; null on a CPU"),
+    Column("anchor", _STRING, "", "the combination that it timed again and again, in words"),
+    Column("timing", _STRING, "", f"what this row is about: {', '.join(SUMMARISED)}"),
+    Column("num_anchors", _INT, "", "how often the anchor was timed, each time several answers"),
+    Column("first_at", _TIME, "", "first of them"),
+    Column("last_at", _TIME, "", "last of them"),
+    Column("mean_at", _TIME, "", "mean of their times, where bias and drift meet"),
+    Column("anchor_ms", _FLOAT, "ms", "what the anchor takes on this worker: geometric mean"),
+    Column(
+        "bias",
+        _FLOAT,
+        "",
+        "anchor_ms over the median of all workers of this kind, minus 1: 0.05 is 5 % slower; null for a single worker",
+    ),
+    Column("bias_ci95", _FLOAT, "", "half-width of its 95 % interval; null for a worker with a single anchor"),
+    Column("drift_per_hour", _FLOAT, "", "relative change per hour: 0.05 is 5 % slower after an hour; null under 3"),
+    Column("drift_per_hour_ci95", _FLOAT, "", "half-width of its 95 % interval"),
+    Column("spread", _FLOAT, "", "relative standard deviation of the anchors around that line; null under 3"),
+    Column(
+        "overhead",
+        _FLOAT,
+        "",
+        "what marking the stages costs: median of marked over bare in pairs, minus 1; null except for total_ms",
+    ),
+    Column("overhead_ci95", _FLOAT, "", "half-width of its 95 % interval; null under six independent pairs"),
+    Column("findings", pa.list_(_STRING), "", "what is out of bounds: slow, fast, drift, spread, overhead"),
+)
+
 TASK_COLUMNS = (
     Column("task_id", _STRING, "", "digest of everything that decides the result"),
     Column("combination_id", _STRING, "", "combination the task belongs to"),
@@ -385,8 +316,6 @@ TASK_COLUMNS = (
     Column("duration_s", _FLOAT, "s", "time on the worker"),
 )
 
-# The timings that combinations summarise, each as the statistics below.
-SUMMARISED = (*STAGES, "tpot_ms", "ttft_ms", "total_ms")
 STATISTICS = {
     "mean": "mean over valid rows",
     "std": "sample standard deviation over valid rows",
@@ -397,11 +326,18 @@ STATISTICS = {
     "ci95": "half-width of the 95 % confidence interval of the mean, clustered by sample (Student's t)",
 }
 
+CORRECTED_STATISTICS = {
+    "corrected_mean": "mean over valid rows, each divided by how much slower its worker was at that time than the "
+    "median worker, as the anchors say (see the table workers); null until a sweep has ended",
+    "corrected_p50": "median of the same",
+}
+
 # How a combination was measured. Rows that differ here answer different questions.
 _MEASURED = (
     Column("prompt", _STRING, "", "template of the question"),
     Column("timed_output_tokens", _INT, "token", "fixed length of each timed answer; null if latency is off"),
-    Column("timed_repeats", _INT, "", "timed repeats per sample, at most; null if latency is off"),
+    Column("timed_repeats", _INT, "", "timed repeats per batch, at most; null if latency is off"),
+    Column("timed_visits", _INT, "", "tasks that the repeats are split over; null if latency is off"),
     Column("timed_max_relative_error", _FLOAT, "", "asked for relative_error; null if all repeats are made"),
     Column("timed_limit_s", _FLOAT, "s", "no further round of repeats after this; null without a limit"),
     Column("timed_warmup", _INT, "", "untimed runs before them; null if latency is off"),
@@ -449,14 +385,22 @@ COMBINATION_COLUMNS = (
     *(
         Column(f"{name}_{statistic}", _FLOAT, "ms", f"{name}: {meaning}")
         for name in SUMMARISED
-        for statistic, meaning in STATISTICS.items()
+        for statistic, meaning in (STATISTICS | CORRECTED_STATISTICS).items()
     ),
-    Column("num_timed", _INT, "", "valid timed rows behind the latency columns"),
+    Column("num_timed", _INT, "", "valid timed answers behind the latency columns; a batch is one"),
+    Column(
+        "visit_spread",
+        _FLOAT,
+        "",
+        "how far the medians of total_ms of the visits are apart: largest over smallest, minus 1; null for one visit",
+    ),
     Column("stopped_by", _STRING, "", "why the repeats ended; several tasks joined by commas"),
     Column("relative_error", _FLOAT, "", "what the repeats have come to, see the latency table; the largest of tasks"),
     Column("num_invalid", _INT, "", "rows, timed or scored, left out as invalid"),
     Column("residual_fraction", _FLOAT, "", "mean of residual_ms / total_ms"),
     Column("peak_memory_bytes", _INT, "byte", "largest peak over rows; null on a CPU"),
+    Column("peak_reserved_bytes", _INT, "byte", "largest over rows of what torch held; null on a CPU"),
+    Column("weights_bytes", _INT, "byte", "parameters and buffers of the model, of all blocks and experts"),
     Column(
         "flops",
         _FLOAT,
@@ -464,13 +408,15 @@ COMBINATION_COLUMNS = (
         "mean floating-point operations of an answer over samples counted; null if none",
     ),
     Column("kv_cache_bytes", _INT, "byte", "largest over rows"),
-    Column("energy_j", _FLOAT, "J", "energy of an answer; null where the device has no counter"),
+    Column("energy_j", _FLOAT, "J", "energy of an answer, mean over batches measured; null without a counter"),
 )
 
 TABLES: dict[str, tuple[Column, ...]] = {
     "latency": LATENCY_COLUMNS,
     "accuracy": ACCURACY_COLUMNS,
     "importance": IMPORTANCE_COLUMNS,
+    "anchors": ANCHOR_COLUMNS,
+    "workers": WORKER_COLUMNS,
     "combinations": COMBINATION_COLUMNS,
     "tasks": TASK_COLUMNS,
     "environments": ENVIRONMENT_COLUMNS,

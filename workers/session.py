@@ -8,53 +8,38 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cached_property, partial
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
 from knobs.errors import KnobError
 from knobs.importance import Method
-from knobs.vision import VisionLayout, VisionSetting
+from workers.anchor import Anchors
 from workers.candidates import importance_rows, reference_answer
-from workers.conditions import Observer, condition_columns
+from workers.conditions import Observer
 from workers.datasets import Dataset, DatasetSource, Sample, SampleRef
 from workers.environment import environment
 from workers.errors import DatasetError, DeviceError, ModelError, RowMismatch, SampleError
-from workers.flops import StageFlops, count_flops
-from workers.measure import Timing, time_answer
+from workers.latency import TimedSample, latency_rows
 from workers.models.adapter import VisionLanguageModel
-from workers.models.engines import EngineUse
 from workers.models.loading import default_device, is_out_of_memory, load_source
 from workers.models.processing import Inputs
+from workers.nvml import Gpu, gpu_of
 from workers.prepared import PreparedSample, PreparedSamples
 from workers.probes import CPU, Device, current_device
-from workers.schema import (
-    SCHEMA_VERSION,
-    STAGES,
+from workers.rows import RowMaker, engine_columns
+from workers.schema import to_table
+from workers.scorers import scorer
+from workers.tasks import (
     FailureKind,
     Kind,
     ModelSource,
     Status,
     Task,
     TaskResult,
-    knob_columns,
-    to_table,
 )
-from workers.scorers import scorer
-from workers.stopping import Repeats
-from workers.validity import reasons
-
-# The times whose medians have to be known well enough before repeats end.
-WATCHED = ("total_ms", "prefill_ms", "tpot_ms")
-
-# Counting takes as long as several answers. Where a setting leaves the number of crops to the image, two samples are a
-# rough estimate of the mean; each row that is counted is exact.
-FLOPS_COUNTED_ON = 2
-
-# Why a row does not count, in `invalid_reasons`.
-TOKEN_MISMATCH = "token_mismatch"
 
 
 class Session:
@@ -81,22 +66,26 @@ class Session:
         self._vlm: VisionLanguageModel | None = None
         self._datasets: dict[DatasetSource, Dataset] = {}
         self._prepared = PreparedSamples()
-        self._observer: Observer | None = None
-        self._environment: dict[str, Any] = {}
+        self._anchors = Anchors()
+        self._rows = RowMaker(name, self.found)
+        self._anchor_rows: list[dict[str, Any]] = []
 
     def run(self, task: Task) -> TaskResult:
         """Rows of a task, or the reason why there are none; what goes wrong comes back as data."""
         started = time.time()
+        self._anchor_rows = []
         try:
             vlm = self._model(task.model)
             dataset = self._dataset(task.dataset)
-            self._environment = environment(self.device)  # after the model has come: loading may set flags
+            self._rows.environment = environment(self.device)  # after the model has come: loading may set flags
+            self._time_anchor(task, vlm, dataset)
             with vlm.knobs(moe_top_k=task.knobs.moe_top_k, active_blocks=task.knobs.active_blocks):
                 rows = {
                     Kind.LATENCY: self._latency,
                     Kind.ACCURACY: self._accuracy,
                     Kind.IMPORTANCE: self._importance,
                 }[task.kind](task, vlm, dataset)
+            self._time_anchor(task, vlm, dataset)
             return self._result(task, started, Status.DONE, rows=to_table(task.kind, rows))
         except Exception as error:  # a worker must outlive whatever a task does to it; the kind decides what follows
             return self._result(
@@ -127,57 +116,30 @@ class Session:
 
     # -- latency ----------------------------------------------------------------------------------------------------
 
-    def _latency(self, task: Task, vlm: VisionLanguageModel, dataset: Dataset) -> list[dict[str, Any]]:
-        """Warm-up of every sample, then rounds over all samples: a drift meets every sample alike."""
-        if task.protocol.batch_size != 1:
-            raise NotImplementedError(f"latency is timed one sample at a time, not {task.protocol.batch_size}")
-        rows: list[dict[str, Any]] = []
-        usable: list[tuple[Sample, Image.Image]] = []
-        flops: dict[str, dict[str, Any]] = {}
-        longest = 0
-        for ref in task.samples:
-            try:
-                sample = _checked(dataset, ref)
-                image = sample.image()
-                inputs = self._preprocess(task, vlm, sample, image)  # what is refused is found here, warm-up or not
-            except SampleError as error:
-                rows.append(self._failed_row(task, vlm, ref, error))
-                continue
-            if len(usable) < FLOPS_COUNTED_ON:
-                flops[ref.uid] = _flops_columns(count_flops(vlm, vlm.transfer(inputs), task.protocol.max_new_tokens))
-            usable.append((sample, image))
-            longest = max(longest, inputs.num_prompt_tokens)
-        vlm.engine.reserve(1, longest + task.protocol.max_new_tokens)
-        # Round by round, because a capture for one sample undoes part of the warm-up of those before it.
-        for _ in range(vlm.engine.warm_up_rounds + task.protocol.warmup):
-            for sample, image in usable:
-                self._time(task, vlm, sample, image)
-        protocol = task.protocol
-        observer = self._observer = self._observer or Observer(self.device)
-        repeats = Repeats(protocol.repeats, protocol.max_relative_error, protocol.max_seconds)
-        timed: list[dict[str, Any]] = []
-        begin, stopped = time.monotonic(), None
-        while usable and stopped is None:
-            made = []
-            for sample, image in usable:
-                begun = datetime.now(UTC)
-                before = observer.snapshot()
-                timing = self._time(task, vlm, sample, image)
-                after = observer.snapshot()
-                row = self._row(task, vlm, sample, image.height, image.width, timing.inputs, begun)
-                why = [*row["invalid_reasons"], *reasons(before, after)]
-                row |= {"invalid_reasons": why, "valid": not why} | condition_columns(before, after)
-                row |= {"batch_size": protocol.batch_size} | flops.get(sample.ref.uid, {})
-                made.append(row | _timing_columns(timing))
-            repeats.add({name: np.array([row[name] for row in made]) for name in WATCHED if made[0][name] is not None})
-            timed += [row | {"repeat": len(timed) // len(usable)} for row in made]
-            stopped = repeats.stopped_by(time.monotonic() - begin)
-        ended = {"stopped_by": stopped and stopped.value, "relative_error": repeats.relative_error}
-        return rows + [row | ended for row in timed]
+    @cached_property
+    def _gpu(self) -> Gpu:
+        return gpu_of(self.device)
 
-    def _time(self, task: Task, vlm: VisionLanguageModel, sample: Sample, image: Image.Image) -> Timing:
+    @cached_property
+    def _observer(self) -> Observer:
+        return Observer(self.device, self._gpu)
+
+    def _latency(self, task: Task, vlm: VisionLanguageModel, dataset: Dataset) -> list[dict[str, Any]]:
+        opened = partial(self._open, task, vlm, dataset)
+        return latency_rows(task, vlm, opened, self._rows, self._observer, self._gpu)
+
+    def _time_anchor(self, task: Task, vlm: VisionLanguageModel, dataset: Dataset) -> None:
+        """The anchor of a task, where there is one and it is due; before and behind it, so that a change shows."""
+        if task.anchor is not None:
+            opened = partial(self._open, task, vlm, dataset)
+            self._anchor_rows += self._anchors.rows_if_due(task, task.anchor, vlm, opened, self._rows, self._observer)
+
+    def _open(self, task: Task, vlm: VisionLanguageModel, dataset: Dataset, ref: SampleRef) -> TimedSample:
+        sample = _checked(dataset, ref)
+        image = sample.image()
+        inputs = self._preprocess(task, vlm, sample, image)  # what is refused is found here, not while timing
         question = task.dataset.prompt_for(sample.question)
-        return time_answer(vlm, [image], question, task.knobs.vision, task.protocol.max_new_tokens)
+        return TimedSample(sample, image, question, inputs.num_prompt_tokens)
 
     # -- accuracy ---------------------------------------------------------------------------------------------------
 
@@ -193,13 +155,14 @@ class Session:
                 try:
                     prepared = self._prepare(task, vlm, dataset, ref)
                 except SampleError as error:
-                    rows.append(self._failed_row(task, vlm, ref, error) | {"metric": score.name})
+                    rows.append(self._rows.failed(task, vlm, ref, error) | {"metric": score.name})
                     continue
-                row = self._row(task, vlm, prepared.sample, prepared.height, prepared.width, prepared.inputs, begun)
+                height, width = prepared.height, prepared.width
+                row = self._rows.sample(task, vlm, prepared.sample, height, width, prepared.inputs, begun)
                 ready.append((prepared, row))
             batch = [(prepared.inputs, prepared.features) for prepared, _ in ready]
             answers = vlm.answer(batch, task.protocol.max_new_tokens) if batch else []
-            engine_used = _engine_columns(vlm.engine_used)
+            engine_used = engine_columns(vlm.engine_used)
             for (prepared, row), tokens in zip(ready, answers, strict=True):
                 prediction = vlm.text(tokens)
                 rows.append(
@@ -229,7 +192,7 @@ class Session:
                 "method": method.value,
                 "worker": self.name,
                 "device_name": self.found.name,
-                "environment_id": self._environment.get("environment_id"),
+                "environment_id": self._rows.environment.get("environment_id"),
                 "started_at": datetime.now(UTC),
             }
             ready: list[PreparedSample] = []
@@ -272,103 +235,18 @@ class Session:
         except SampleError as error:
             raise SampleError(f"{sample.ref.uid}: {error}") from error
 
-    # -- rows -------------------------------------------------------------------------------------------------------
-
-    def _row(
-        self,
-        task: Task,
-        vlm: VisionLanguageModel,
-        sample: Sample,
-        height: int,
-        width: int,
-        inputs: Inputs,
-        begun: datetime,
-    ) -> dict[str, Any]:
-        layout = vlm.card.geometry.layout(height, width, task.knobs.vision)
-        lacking = [TOKEN_MISMATCH] if _lacks_tokens(layout, inputs, task.knobs.vision) else []
-        promised = (
-            {}
-            if layout is None
-            else {
-                "selected_crops": layout.num_crops,
-                "selected_tiling": f"{layout.tiling[0]}x{layout.tiling[1]}",
-                "tower_passes": layout.tower_passes,
-                "theoretical_vision_tokens": layout.vision_tokens,
-                "predicted_vision_tokens": layout.prompt_vision_tokens,
-                "special_tokens": layout.special_tokens,
-                "aspect_mismatch": layout.aspect_mismatch,
-                "target_resolution": f"{layout.target_height}x{layout.target_width}",
-                "target_aspect": layout.target_width / layout.target_height,
-            }
-        )
-        return (
-            self._identity(task, vlm)
-            | promised
-            | {
-                "sample_id": sample.ref.uid,
-                "image_id": sample.image_id,
-                "image_height": height,
-                "image_width": width,
-                "image_aspect": width / height,
-                "actual_num_crops": inputs.num_crops,
-                "actual_vision_tokens": inputs.num_vision_tokens,
-                "prompt_tokens": inputs.num_prompt_tokens,
-                "status": Status.DONE.value,
-                "valid": not lacking,
-                "invalid_reasons": lacking,
-                "started_at": begun,
-            }
-        )
-
-    def _failed_row(self, task: Task, vlm: VisionLanguageModel, ref: SampleRef, error: SampleError) -> dict[str, Any]:
-        return self._identity(task, vlm) | {
-            "sample_id": ref.uid,
-            "status": Status.FAILED.value,
-            "error": str(error),
-            "valid": False,
-            "invalid_reasons": ["failed"],
-            "started_at": datetime.now(UTC),
-        }
-
-    def _identity(self, task: Task, vlm: VisionLanguageModel) -> dict[str, Any]:
-        model = task.model
-        return knob_columns(task.knobs) | {
-            "sweep": task.sweep,
-            "combination_id": task.combination_id,
-            "task_id": task.task_id,
-            "revision": model.revision,
-            "device_name": self.found.name,
-            "split": task.dataset.split,
-            "dtype": model.dtype,
-            "attention": model.attention,
-            "experts": model.experts,
-            "moe_renormalization": model.moe_renormalization,
-            "engine": model.engine,
-            "schema_version": SCHEMA_VERSION,
-            "worker": self.name,
-            "environment_id": self._environment.get("environment_id"),
-            "device_uuid": self.found.uuid,
-            "threads": self.found.threads,
-            "niceness": self.found.niceness,
-        }
-
     def _result(self, task: Task, started: float, status: Status, **outcome: Any) -> TaskResult:
         found = {"worker": self.name, "host": self.found.host, "device_name": self.found.name}
         return TaskResult(
             task.task_id,
             status,
             worker=found,
-            environment=self._environment or None,
+            environment=self._rows.environment or None,
+            anchors=to_table("anchors", self._anchor_rows) if self._anchor_rows else None,
             started_at=started,
             finished_at=time.time(),
             **outcome,
         )
-
-
-def _lacks_tokens(layout: VisionLayout | None, inputs: Inputs, setting: VisionSetting) -> bool:
-    """Whether full tokens were promised and the prompt holds another number."""
-    promised = layout is not None and setting.force_full_tokens
-    return bool(promised and layout and inputs.num_vision_tokens != layout.vision_tokens)
 
 
 def _found_instead(found: Device) -> str:
@@ -384,36 +262,6 @@ def _checked(dataset: Dataset, ref: SampleRef) -> Sample:
     if sample.ref.digest != ref.digest:
         raise RowMismatch(f"{ref.uid} has changed since the sweep was planned; run the sweep again to plan anew")
     return sample
-
-
-def _timing_columns(timing: Timing) -> dict[str, Any]:
-    stages = {name: getattr(timing, name) for name in STAGES}
-    return stages | {
-        "decode_step_ms": list(timing.decode_step_ms),
-        "ttft_ms": timing.ttft_ms,
-        "tpot_ms": timing.tpot_ms,
-        "total_ms": timing.total_ms,
-        "residual_ms": timing.residual_ms,
-        "output_tokens": timing.output_tokens,
-        "peak_memory_bytes": timing.peak_memory_bytes,
-        "kv_cache_bytes": timing.kv_cache_bytes,
-        **_engine_columns(timing.engine_used),
-    }
-
-
-def _engine_columns(used: EngineUse | None) -> dict[str, Any]:
-    """What really decoded, in place of what was asked for."""
-    return {} if used is None else {"engine": used.engine, "engine_note": used.note}
-
-
-def _flops_columns(flops: StageFlops) -> dict[str, Any]:
-    return {
-        "vision_flops": flops.vision,
-        "projector_flops": flops.projector,
-        "prefill_flops": flops.prefill,
-        "decode_flops": flops.decode,
-        "flops": flops.total,
-    }
 
 
 def _batches(samples: Sequence[SampleRef], size: int) -> Iterator[Sequence[SampleRef]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from enum import StrEnum
+
+import numpy as np
 
 from workers.conditions import Conditions, cpu_load_others, rise
 from workers.nvml import HW_POWER_BRAKE, HW_SLOWDOWN, HW_THERMAL, IDLE, SW_POWER_CAP, SW_THERMAL
@@ -21,6 +24,12 @@ OWN_UNCOUNTED_BYTES = 2 * 1024**3
 
 # Share of the cores we need that others may take: what system daemons and the driver take of a quiet machine.
 CPU_SHARE = 0.10
+
+# A first round that is slower by less than this moves a mean of three rounds by less than the 3 % that noise does.
+SLOWER_FIRST = 0.10
+
+# How often a first round may look slow by chance, if it was as warm as the later ones.
+BY_CHANCE = 0.001
 
 # The operating system counts the time of each core in steps of this size (USER_HZ), so less is not there.
 CPU_TICK_S = 0.01
@@ -50,6 +59,7 @@ class Reason(StrEnum):
     CPU_BUSY: others left our threads too few cores: they used more than the cores that we do not need, plus
         `CPU_SHARE` of those that we do. A machine with cores to spare may be busy. What one tick per core would explain
         is not counted, so a disturbance of rows of some 10 ms goes unseen.
+    SLOW_FIRST_ROUND: see `slow_first_round`; of the first round of a visit only.
     """
 
     THERMAL_THROTTLE = "thermal_throttle"
@@ -59,11 +69,32 @@ class Reason(StrEnum):
     LIMITS_CHANGED = "limits_changed"
     FOREIGN_PROCESS = "foreign_process"
     CPU_BUSY = "cpu_busy"
+    SLOW_FIRST_ROUND = "slow_first_round"
 
 
 def reasons(before: Conditions, after: Conditions) -> list[str]:
     """Why what was measured between two moments does not count; empty if nothing says so."""
     return [reason.value for reason, holds in _RULES.items() if holds(before, after)]
+
+
+def slow_first_round(totals: np.ndarray) -> bool:
+    """Whether the first of several rounds was slower than all others, so that the warm-up was not enough.
+
+    If it were like the others, each batch would be slowest in it with a chance of one in the number of rounds. So it is
+    said where so many batches are, by `SLOWER_FIRST` and more, that chance would do it once in 1 / `BY_CHANCE` times.
+    Few batches in few rounds can never say so.
+
+    Args:
+        totals: (rounds, batches), positive, in the order of measuring.
+    """
+    rounds = len(totals)
+    if rounds < 2:
+        return False
+    batches = int(totals.shape[1])
+    slow = int((totals[0] > (1 + SLOWER_FIRST) * totals[1:].max(axis=0)).sum())
+    chance = 1 / rounds
+    ways = [math.comb(batches, k) * chance**k * (1 - chance) ** (batches - k) for k in range(slow, batches + 1)]
+    return 2 * slow > batches and sum(ways) < BY_CHANCE
 
 
 def _thermal_throttle(before: Conditions, after: Conditions) -> bool:

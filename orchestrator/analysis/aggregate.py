@@ -33,27 +33,52 @@ def _latency_columns(rows: pd.DataFrame) -> dict[str, Any]:
     if rows.empty:
         return {}
     valid = rows[(rows["status"] == "done") & rows["valid"].eq(True)]
-    columns: dict[str, Any] = {"num_timed": len(valid)}
+    answers = _answers(valid)
+    columns: dict[str, Any] = {"num_timed": len(answers)}
     for name in SUMMARISED:
-        columns |= {f"{name}_{key}": value for key, value in _summary(valid[name], valid["sample_id"]).items()}
+        columns |= {f"{name}_{key}": value for key, value in _summary(answers[name], answers["batch"]).items()}
+        if f"{name}_corrected" in answers:
+            corrected = answers[f"{name}_corrected"].dropna().astype(float)
+            # A part of the rows would be the times of some workers only.
+            if len(corrected) and len(corrected) == answers[name].notna().sum():
+                columns[f"{name}_corrected_mean"] = float(corrected.mean())
+                columns[f"{name}_corrected_p50"] = float(corrected.median())
     if len(valid):
         counted = valid.drop_duplicates("sample_id")["flops"].dropna()
         columns["flops"] = float(counted.astype(float).mean()) if len(counted) else None
         columns["stopped_by"] = _only(valid["stopped_by"])
         columns["relative_error"] = _or_none(valid["relative_error"].astype(float).max(), float)
-        columns["residual_fraction"] = float((valid["residual_ms"] / valid["total_ms"]).mean())
-        for name in ("peak_memory_bytes", "kv_cache_bytes"):
+        columns["residual_fraction"] = float((answers["residual_ms"] / answers["total_ms"]).mean())
+        columns["visit_spread"] = _visit_spread(answers)
+        columns["energy_j"] = _or_none(valid["energy_j"].astype(float).mean(), float)
+        for name in ("peak_memory_bytes", "peak_reserved_bytes", "kv_cache_bytes", "weights_bytes"):
             columns[name] = _or_none(valid[name].max(), int)
     return columns
 
 
-def _summary(values: pd.Series, samples: pd.Series) -> dict[str, float | None]:
-    """Statistics over repeats of samples; a column that is null throughout (TPOT of one token) stays null."""
+def _answers(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row per timed batch, which has its time in the row of each of its samples, and is one measurement."""
+    # Results of earlier releases know of no batches; their samples were timed one by one.
+    numbers = rows["batch"].astype(object).where(rows["batch"].notna(), rows["sample_id"])
+    return rows.assign(batch=numbers).drop_duplicates(["task_id", "batch", "repeat"])
+
+
+def _visit_spread(answers: pd.DataFrame) -> float | None:
+    """How far the visits' medians of total are apart, over the batches that all of them have."""
+    totals = answers.pivot_table(index="batch", columns="visit", values="total_ms", aggfunc="median").dropna()
+    if totals.empty or len(totals.columns) < 2:
+        return None
+    medians = totals.median()
+    return float(medians.max() / medians.min() - 1)
+
+
+def _summary(values: pd.Series, batches: pd.Series) -> dict[str, float | None]:
+    """Statistics over repeats of batches; a column that is null throughout (TPOT of one token) stays null."""
     measured = values.notna()
     present = values[measured].astype(float)
     if present.empty:
         return {}
-    error = clustered_standard_error(present, samples[measured])
+    error = clustered_standard_error(present, batches[measured])
     return {
         "mean": float(present.mean()),
         "std": float(present.std()) if len(present) > 1 else None,
@@ -61,7 +86,7 @@ def _summary(values: pd.Series, samples: pd.Series) -> dict[str, float | None]:
         "p90": percentile(present, 0.9),
         "p95": percentile(present, 0.95),
         "p99": percentile(present, 0.99),
-        "ci95": None if error is None else half_width_95(samples[measured].nunique(dropna=False)) * error,
+        "ci95": None if error is None else half_width_95(batches[measured].nunique(dropna=False)) * error,
     }
 
 
@@ -112,7 +137,8 @@ def _run_columns(latency: pd.DataFrame, accuracy: pd.DataFrame) -> dict[str, Any
     timed = latency[latency["valid"].eq(True)]
     scored = accuracy[accuracy["status"] == "done"]
     behind = scored if timed.empty else timed
-    return {name: _only(behind[name]) for name in ("device_name", "engine", "engine_note") if not behind.empty}
+    used = ("device_name", "attention", "experts", "engine", "engine_note")
+    return {name: _only(behind[name]) for name in used if not behind.empty}
 
 
 def _invalid_rows(rows: pd.DataFrame) -> int:

@@ -15,7 +15,7 @@ from knobs.experts import experts_per_token
 from knobs.vision import VisionSetting
 from workers.errors import ModelError, SampleError
 from workers.models.engines import DecodeState, EagerEngine, Engine, EngineUse
-from workers.models.processing import Inputs, Processor, Tensors, left_pad
+from workers.models.processing import Inputs, Processor, Tensors, join_images, left_pad
 from workers.models.registry import ModelCard
 from workers.models.requirements import require_stages, stack_of_blocks
 
@@ -95,6 +95,35 @@ class VisionLanguageModel:
             # Image processors refuse an image with a plain ValueError.
             raise SampleError(str(error)) from error
 
+    def collate(self, samples: Sequence[Inputs]) -> Inputs:
+        """Several samples as one batch: prompts padded on the left, images joined for one pass of the vision tower.
+
+        `encode_images` of the batch and `prefill` with its features do what encoding every sample alone and merging the
+        features does. Tensors stay where they are, which is in host memory if `preprocess` has just made them.
+
+        Args:
+            samples: of `preprocess` or of this function, all on one device.
+
+        Returns:
+            A single sample as it is, or new tensors: the prompt of shape (samples, longest prompt), the vision part as
+            `Family.join_images` has it, and the sums of crops (None if one sample has None) and of vision tokens.
+
+        Raises:
+            SampleError: images of these samples cannot go through the tower together.
+            ValueError: there is no sample.
+        """
+        if not samples:
+            raise ValueError("there is no sample to make a batch of")
+        if len(samples) == 1:
+            return samples[0]
+        crops = [sample.num_crops for sample in samples if sample.num_crops is not None]
+        return Inputs(
+            prompt=left_pad([sample.prompt for sample in samples], self.pad_token_id),
+            vision=self.card.family.join_images(samples),
+            num_crops=sum(crops) if len(crops) == len(samples) else None,
+            num_vision_tokens=sum(sample.num_vision_tokens for sample in samples),
+        )
+
     def transfer(self, inputs: Inputs) -> Inputs:
         """Tensors to the device."""
         return inputs.to(self.device)
@@ -121,13 +150,13 @@ class VisionLanguageModel:
         Args:
             prompt: tensors of shape (batch, tokens), left-padded.
             vision: the vision parts of the same samples; pixels are not read again, grids are.
-            features: what `encode_images` made of them.
+            features: what `encode_images` made of them, in one pass or merged by `merge_features`.
             max_new_tokens: how long the answer may become, for engines that make room ahead.
 
         Returns:
             Tokens of shape (batch, 1) and the state for the next step.
         """
-        grids = {name: tensor for name, tensor in vision.items() if not name.startswith("pixel")}
+        grids = _without_pixels(vision)
         rows, tokens = prompt["input_ids"].shape
         state = self.engine.new_state(rows, tokens + max_new_tokens)
         positions = self.model._prepare_position_ids_for_generation(
@@ -163,7 +192,8 @@ class VisionLanguageModel:
             batch: inputs on the device and the features of their images; features may be shared between calls.
         """
         prompt = left_pad([inputs.prompt for inputs, _ in batch], self.pad_token_id)
-        vision = _concatenate_grids([inputs.vision for inputs, _ in batch])
+        # The tower has run, so pixels, which are by far the most bytes and the family's affair, are not joined.
+        vision = join_images([_without_pixels(inputs.vision) for inputs, _ in batch])
         features = merge_features([features for _, features in batch])
         token, state = self.prefill(prompt, vision, features, max_new_tokens)
         ends = torch.tensor(sorted(self.end_token_ids), device=self.device)
@@ -265,9 +295,8 @@ def _join(values: list[Any]) -> Any:
     return first
 
 
-def _concatenate_grids(parts: Sequence[Tensors]) -> Tensors:
-    names = [name for name in parts[0] if not name.startswith("pixel")]
-    return {name: torch.cat([part[name] for part in parts]) for name in names}
+def _without_pixels(vision: Tensors) -> Tensors:
+    return {name: tensor for name, tensor in vision.items() if not name.startswith("pixel")}
 
 
 def _as_output(features: Features) -> Any:

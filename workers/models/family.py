@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from knobs.vision import VisionGeometry
 if TYPE_CHECKING:
     import torch
 
-    from workers.models.processing import Processor
+    from workers.models.processing import Inputs, Processor, Tensors
 
 Config = Mapping[str, Any]
 
@@ -115,6 +115,22 @@ class Family(ABC):
         """The part of config.json that describes the language model, in transformers' words."""
         text = config.get("text_config") or config.get("llm_config") or config
         return text if isinstance(text, dict) else {}
+
+    def join_images(self, samples: Sequence[Inputs]) -> Tensors:
+        """The vision tensors of several samples as those of one batch, so that one pass of the tower encodes it.
+
+        The features come out in the order of the samples. Families whose tensors are not rows of images along the first
+        axis, or hold places in the prompt, which move when it is padded, have their own way.
+
+        Args:
+            samples: as the family's processor makes them, each a sample or a left-padded batch.
+
+        Raises:
+            SampleError: these samples cannot share a batch.
+        """
+        from workers.models.processing import join_images
+
+        return join_images([sample.vision for sample in samples])
 
     def register_classes(self) -> None:  # noqa: B027  most families have nothing to add
         """Make transformers' Auto classes know a model that transformers does not have."""

@@ -47,7 +47,8 @@ class Generic(Family):
             f"{_DECIDES}; the vision tower's configuration says {size} px" if size else _DECIDES,
             (f"{_DECIDES}, the order too; its settings are:", *_settings(preprocessor)),
             f"{_DECIDES}; this family has no vision axis",
-            f"{_DECIDES}. Here every sample is encoded alone",
+            f"{_DECIDES}. Here tensors of several samples are joined; where their sizes differ, padded with zeros if a "
+            "mask or sizes beside them tell, or else refused",
             None,
             None,
             (

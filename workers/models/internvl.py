@@ -244,7 +244,7 @@ class InternVL(Family):
             "processor.images_kwargs or as argument of AutoProcessor.from_pretrained (an image processor made with it "
             f"is overruled by the processor). The image is then squashed to {tile} x {tile} px",
             f"flat: (all tiles of all images, 3, {tile}, {tile}) with the number of tiles of each image; only the text "
-            "is padded. Here every sample is encoded alone",
+            "is padded. Here too",
             False,
             False,
             (

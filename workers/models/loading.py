@@ -26,7 +26,7 @@ from workers.models.registry import (
     read_preprocessor,
 )
 from workers.models.requirements import stack_of_blocks
-from workers.schema import ModelSource
+from workers.tasks import ModelSource
 
 WEIGHTS = ("checkpoint", "random")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

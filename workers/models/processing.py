@@ -19,6 +19,10 @@ Tensors = dict[str, torch.Tensor]
 # Entries that run along the prompt, one value per token; everything else a processor returns belongs to the images.
 PROMPT_ENTRIES = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
+# Entries that say which part of an image's pixels is image, besides those that have `mask` in their name. With one of
+# them zeros at the end of pixels are not looked at; without, they would be a black border that the model sees.
+SIZE_ENTRIES = ("image_sizes", "spatial_shapes")
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -169,3 +173,42 @@ def left_pad(samples: Sequence[Tensors], pad_token_id: int) -> Tensors:
         )
         for name in samples[0]
     }
+
+
+def join_images(samples: Sequence[Tensors]) -> Tensors:
+    """Vision tensors of several samples as those of one batch: sample after sample along the first axis.
+
+    Where the other axes differ, for images came out in different sizes or numbers of crops, pixels and masks end in
+    zeros, as in a batch of transformers' own processors, provided that a mask or sizes among the tensors tell the model
+    what is image. How exactly it keeps to them is the model's affair; tensors that agree are joined to the bit.
+
+    Raises:
+        SampleError: these samples cannot share a batch; the message names the entry and its shapes.
+    """
+    names = list(samples[0])
+    for sample in samples:
+        if sample.keys() != samples[0].keys():
+            raise SampleError(f"samples with {', '.join(names)} and with {', '.join(sample)} cannot share a batch")
+    told = any("mask" in name or name in SIZE_ENTRIES for name in names)
+    return {
+        name: _joined(name, [sample[name] for sample in samples], told and ("pixel" in name or "mask" in name))
+        for name in names
+    }
+
+
+def _joined(name: str, parts: Sequence[torch.Tensor], may_pad: bool) -> torch.Tensor:
+    """Along the first axis; the others, where they differ, padded with zeros at the end if they may be."""
+    shapes = [tuple(part.shape) for part in parts]
+    if shapes[0] and len({shape[1:] for shape in shapes}) == 1:
+        return torch.cat(list(parts))
+    if not may_pad or not shapes[0] or len({len(shape) for shape in shapes}) > 1:
+        raise SampleError(
+            f"{name} of shapes {', '.join(map(str, dict.fromkeys(shapes)))} cannot share a batch: they differ beyond "
+            "the first axis, and nothing beside them says what would be padding"
+        )
+    largest = [max(sizes) for sizes in list(zip(*shapes, strict=True))[1:]]
+    joined, row = parts[0].new_zeros((sum(shape[0] for shape in shapes), *largest)), 0
+    for part in parts:
+        joined[row : row + len(part)][tuple(slice(size) for size in part.shape)] = part
+        row += len(part)
+    return joined

@@ -238,7 +238,7 @@ class Qwen3VLMoe(Family):
             "size={'shortest_edge': .., 'longest_edge': ..} in the call, which in spite of its names bounds the pixels "
             "of an image",
             f"flat: (patches of all images, {3 * frames * patch**2}) with the grid of each image; attention stays "
-            "within an image, only the text is padded. Here every sample is encoded alone",
+            "within an image, only the text is padded. Here too",
             False,
             False,
             (

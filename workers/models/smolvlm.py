@@ -19,7 +19,7 @@ from workers.models.words import UNKNOWN, complete, filter_name, language_sizes,
 if TYPE_CHECKING:
     from PIL import Image
 
-    from workers.models.processing import ImageTensors, Processor
+    from workers.models.processing import ImageTensors, Inputs, Processor, Tensors
 
 FAKE, IMAGE, GLOBAL = "<fake_token_around_image>", "<image>", "<global-img>"
 # Rows and columns that the byte tokenizer has tokens for; 4096 px (the resize cap) over 384 px tiles is 11.
@@ -295,7 +295,7 @@ class SmolVLM(Family):
             f"or as attribute of its image processor. Both squash the image to {tile} x {tile} px",
             f"padded: (samples, most crops of one, 3, {tile}, {tile}) with all-zero crops, and an int64 mask of "
             "all pixels; the model drops all-zero crops before the vision tower, so padding costs memory and transfer "
-            "only. Here every sample is encoded alone: no padding, no mask",
+            "only. Here the crops of all samples stand in one row: no padding, no mask",
             bool(values["do_pad"]),
             False,
             (
@@ -306,6 +306,13 @@ class SmolVLM(Family):
                 f"an image in one crop, instead: {FAKE}{GLOBAL} then {tokens} x {IMAGE} then {FAKE}",
             ),
         )
+
+    def join_images(self, samples: Sequence[Inputs]) -> Tensors:
+        """All crops as one row, (1, crops of all samples, 3, height, width): features need no row of their own."""
+        import torch
+
+        names = samples[0].vision
+        return {name: torch.cat([s.vision[name].flatten(0, 1) for s in samples])[None] for name in names}
 
     def processor(self, tokenizer: Any, config: Config, preprocessor: Config) -> Processor:
         from transformers import SmolVLMImageProcessorPil

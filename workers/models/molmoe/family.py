@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from workers.models.processing import Inputs, Processor
+    from workers.models.processing import Inputs, Processor, Tensors
 
 START, END, PATCH_TOKEN, COLUMN, IMAGE = "<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<|image|>"
 
@@ -203,8 +203,8 @@ class MolmoE(Family):
             f"{2 * TOKENS_PER_CROP} vision tokens",
             "transformers has no processor for it, and the published one makes one prompt at a time, (crops of all "
             f"images, {PATCHES_PER_SIDE**2}, {3 * PATCH**2}). Padded in a batch: crops of -1 up to the most of one "
-            "prompt go through the vision tower and are zeroed behind it. Here every sample is encoded alone: no "
-            "padding",
+            "prompt go through the vision tower and are zeroed behind it. Here the crops of all samples stand in one "
+            "row: no padding",
             True,
             True,
             (
@@ -228,6 +228,24 @@ class MolmoE(Family):
             return None
         config = MolmoEConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
         return load_published(folder, config, dtype, device, **backends)
+
+    def join_images(self, samples: Sequence[Inputs]) -> Tensors:
+        """All crops as one row, the places of their windows counted through the rows of the left-padded batch.
+
+        Crops that fill up a row per prompt, as the published code has them, would go through the vision tower.
+        """
+        import torch
+
+        longest = max(sample.prompt["input_ids"].shape[1] for sample in samples)
+        moved: list[torch.Tensor] = []
+        rows = 0
+        for sample in samples:
+            places, (prompts, tokens) = sample.vision["image_input_idx"], sample.prompt["input_ids"].shape
+            # A sample that is a batch counts its places through its own, shorter rows.
+            at = (rows + places // tokens) * longest + (longest - tokens) + places % tokens
+            moved.append(torch.where(places >= 0, at, places))
+            rows += prompts
+        return {**super().join_images(samples), "image_input_idx": torch.cat(moved)}
 
     def processor(self, tokenizer: Any, config: Config, preprocessor: Config) -> Processor:
         import torch

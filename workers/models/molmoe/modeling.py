@@ -78,12 +78,14 @@ class MolmoEModel(MolmoEPreTrainedModel):
 
         Args:
             pixel_values: (batch, crops, patches, numbers in a patch), or without `batch` for one prompt; a crop of
-                nothing but -1 is padding. All crops of all images of a prompt stand in one row.
+                nothing but -1 is padding. All crops of all images of a prompt stand in one row, which may also hold
+                those of several prompts.
             image_masks: (batch, crops, patches), see `MultiModalProjector`.
-            image_input_idx: (batch, crops, windows), the place of each window in its prompt; negative: not used.
+            image_input_idx: (batch, crops, windows), the place of each window in its prompt, or in the prompts of
+                the row laid end to end; negative: not used.
 
         Returns:
-            `pooler_output`: for every prompt (places, width); `last_hidden_state`: features of the vision tower.
+            `pooler_output`: for every row (places, width); `last_hidden_state`: features of the vision tower.
         """
         if image_masks is None or image_input_idx is None:
             raise ValueError("pixel_values come with image_masks and image_input_idx")
