@@ -122,6 +122,8 @@ def timed_row(of: Task, ref: SampleRef, repeat: int = 0, total_ms: float = 60.0,
     stages = {name: total_ms / len(STAGES) for name in STAGES}
     return row(of, ref) | {
         "batch_size": 1,
+        "batch": [of_task.uid for of_task in of.samples].index(ref.uid) if ref in of.samples else None,
+        "visit": of.visit,
         "repeat": repeat,
         **stages,
         "decode_step_ms": [total_ms / 18] * 3,

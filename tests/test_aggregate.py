@@ -127,6 +127,53 @@ def test_memory_is_the_largest_and_the_residual_a_mean_of_fractions() -> None:
     assert (found["peak_memory_bytes"], found["kv_cache_bytes"]) == (300, 9)
 
 
+def test_a_batch_is_one_measurement_however_many_samples_it_has() -> None:
+    whole = [timed_row(TIMED, ref, repeat, 100 + 10 * repeat, batch=0) for ref in (A, B) for repeat in (0, 1)]
+    found = latency(*whole, timed_row(TIMED, C, 0, 200, batch=1))
+    assert found["num_timed"] == 3
+    assert found["total_ms_mean"] == pytest.approx((100 + 110 + 200) / 3)
+
+
+def test_rows_of_earlier_releases_know_of_no_batches() -> None:
+    rows = [timed_row(TIMED, ref, 0, total, batch=None, visit=None) for ref, total in ((A, 60), (B, 90))]
+    found = latency(*rows)
+    assert (found["num_timed"], found["total_ms_mean"], found["visit_spread"]) == (2, 75, None)
+
+
+def test_the_visits_are_compared_on_the_batches_that_all_have() -> None:
+    rows = [
+        *(timed_row(TIMED, ref, repeat, 100, batch=i) for i, ref in enumerate((A, B)) for repeat in (0, 1)),
+        *(timed_row(TIMED, ref, 2, 104, batch=i, visit=1) for i, ref in enumerate((A, B))),
+        timed_row(TIMED, C, 0, 1000, batch=2),  # in the second visit it is invalid
+        timed_row(TIMED, C, 2, 5000, batch=2, visit=1, valid=False, invalid_reasons=["cpu_busy"]),
+    ]
+    assert latency(*rows)["visit_spread"] == pytest.approx(0.04)
+    assert latency(*rows[:4])["visit_spread"] is None
+
+
+def test_corrected_times_stand_beside_the_others_if_every_row_has_one() -> None:
+    rows = frame("latency", [timed_row(TIMED, A, 0, 100), timed_row(TIMED, B, 0, 130), timed_row(TIMED, C, 0, 120)])
+    times = pd.DataFrame({f"{name}_corrected": rows[name] / 2 for name in SUMMARISED})
+    found = aggregate(rows.join(times), NO_ACCURACY)
+    assert (found["total_ms_p50"], found["total_ms_corrected_p50"]) == (120, 60)
+    assert found["total_ms_corrected_mean"] == found["total_ms_mean"] / 2
+    times.loc[1, "total_ms_corrected"] = None  # a worker without an anchor
+    found = aggregate(rows.join(times), NO_ACCURACY)
+    assert "total_ms_corrected_mean" not in found
+    assert found["prefill_ms_corrected_mean"] == found["prefill_ms_mean"] / 2
+
+
+def test_memory_energy_and_back_ends_are_those_of_the_rows() -> None:
+    rows = [
+        timed_row(TIMED, A, weights_bytes=1000, peak_reserved_bytes=70, energy_j=2.0, attention="eager"),
+        timed_row(TIMED, B, weights_bytes=1000, peak_reserved_bytes=90, energy_j=4.0, attention="eager"),
+        timed_row(TIMED, C, weights_bytes=1000, energy_j=None, attention="eager"),
+    ]
+    found = latency(*rows)
+    assert (found["weights_bytes"], found["peak_reserved_bytes"], found["energy_j"]) == (1000, 90, 3.0)
+    assert (found["attention"], found["experts"]) == ("eager", "grouped_mm")
+
+
 def test_devices_of_one_kind_with_two_names_are_both_named() -> None:
     assert latency(timed_row(TIMED, A))["device_name"] == "Some GPU 80GB"
     found = latency(timed_row(TIMED, A, device_name="H100 PCIe"), timed_row(TIMED, B, device_name="H100 SXM"))

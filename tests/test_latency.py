@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from sessions import TIMED, assert_no_knob_is_switched, model_of, rows_of, task_for
 from tiny import TINY
 
 from orchestrator.analysis import aggregate
+from workers.energy import Energy
 from workers.measure import Timing, time_batch
 from workers.schema import STAGES
 from workers.session import Session
@@ -164,3 +166,67 @@ def test_a_first_round_that_was_not_warm_does_not_count(
     rows = rows_of(session, task_for(sources["tiny-smolvlm"], Kind.LATENCY, samples=10, protocol=protocol))
     reasons = {row["repeat"]: (row["valid"], row["invalid_reasons"]) for row in rows}
     assert reasons == {0: (False, ["slow_first_round"]), 1: (True, []), 2: (True, [])}
+
+
+def test_energy_is_that_of_one_answer_and_stands_where_it_was_measured(
+    session: Session, sources: dict[str, ModelSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four batches of two that take 0.2 s each: three of them take more than half a second."""
+    answered = []
+
+    def planted(vlm: Any, batch: Any, *arguments: Any) -> Timing:
+        return replace(time_batch(vlm, batch, *arguments), total_ms=200.0)
+
+    def bare(vlm: Any, batch: Any, *_: Any) -> float:
+        answered.append(len(batch))
+        return 200.0
+
+    def counted(gpu: Any, work: Any, least_ticks: int) -> Energy:
+        work()
+        return Energy(joules=30.0, relative_error=0.03, seconds=3.0, calls=5)
+
+    monkeypatch.setattr("workers.latency.time_batch", planted)
+    monkeypatch.setattr("workers.latency.time_bare", bare)
+    monkeypatch.setattr("workers.latency.energy_of", counted)
+    protocol = replace(TIMED, batch_size=2, repeats=4, visits=2)
+    task = task_for(sources["tiny-smolvlm"], Kind.LATENCY, samples=8, protocol=protocol)
+    rows = rows_of(session, task)
+    assert answered == [2, 2, 2]
+    found = {row["batch"]: (row["energy_j"], row["energy_relative_error"]) for row in rows}
+    assert found == dict.fromkeys(range(3), (5.0, 0.03)) | {3: (None, None)}
+    frame = pd.DataFrame(rows)
+    assert aggregate(frame, pd.DataFrame(columns=frame.columns))["energy_j"] == 5.0
+    assert {row["energy_j"] for row in rows_of(session, replace(task, visit=1))} == {None}, "once is enough"
+
+
+@pytest.mark.parametrize(
+    ("rounds", "batches", "slow", "said"),
+    [
+        (3, 24, 24, True),
+        (3, 24, 17, True),
+        (3, 24, 12, False),  # as many as not
+        (2, 24, 24, True),
+        (2, 9, 9, False),  # by chance once in 512
+        (2, 10, 10, True),
+        (5, 4, 4, False),
+        (6, 4, 4, True),
+        (9, 1, 1, False),
+        (1, 24, 24, False),  # nothing to compare with
+    ],
+)
+def test_a_first_round_is_called_slow_where_chance_would_hardly_do_it(
+    rounds: int, batches: int, slow: int, said: bool
+) -> None:
+    totals = np.full((rounds, batches), 100.0)
+    totals[0, :slow] = 111.0
+    assert slow_first_round(totals) is said
+    totals[0, :slow] = 109.0
+    assert not slow_first_round(totals), "that little is noise"
+    totals[0, :slow], totals[-1, :slow] = 111.0, 112.0
+    assert not slow_first_round(totals), "a later round was as slow"
+
+
+def test_a_first_round_like_the_others_is_hardly_ever_called_slow() -> None:
+    generator = np.random.default_rng(0)
+    draws = 100 * np.exp(generator.normal(0, 0.3, (4000, 3, 12)))  # so noisy that 10 % is nothing
+    assert sum(slow_first_round(totals) for totals in draws) <= 12

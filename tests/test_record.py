@@ -5,12 +5,15 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pytest
-from handmade import OF_COMBINATIONS, STARTED, planned_dataset, rows_of
+from handmade import OF_COMBINATIONS, STARTED, planned_dataset, rows_of, timed_row
 
 from orchestrator.plan import SAMPLES_PER_ACCURACY_TASK, Plan, make_plan
 from orchestrator.record import Recorder
@@ -20,7 +23,7 @@ from orchestrator.spec import Sweep, parse_sweep
 from orchestrator.store import ResultStore, StoreError
 from orchestrator.summary import print_failures
 from workers.datasets import fingerprint
-from workers.schema import COMBINATION_COLUMNS
+from workers.schema import COMBINATION_COLUMNS, to_table
 from workers.tasks import FailureKind, Kind, Status, Task, TaskResult
 
 BEGIN = STARTED.timestamp()
@@ -638,3 +641,95 @@ def test_recording_warns_of_nothing(start: Any) -> None:
         run.recorder.results()
         run.recorder.failures()
     assert len(run.combinations()) == 1
+
+
+# -- workers ----------------------------------------------------------------------------------------------------------
+
+
+def anchor_rows(of: Task, worker: str, calls: Sequence[int], slower: float, total_ms: float = 60.0) -> pa.Table:
+    """Pairs of the anchor, ten minutes from call to call; `slower` is how much slower this worker is."""
+    assert of.anchor is not None
+    of = replace(of, knobs=of.anchor)
+    rows = []
+    for call in calls:
+        for pair in range(2):
+            wobble = 1 + 0.001 * ((3 * call + pair) % 5 - 2)
+            of_row = {"visit": call, "pair": pair, "worker": worker, "session_started_at": STARTED}
+            when = {"started_at": STARTED + timedelta(minutes=10 * call)}
+            marked = timed_row(of, of.samples[0], pair, total_ms * slower * wobble)
+            rows.append(marked | of_row | when | {"marked": True})
+            bare = {name: value for name, value in marked.items() if not name.endswith("_ms")}
+            rows.append(bare | of_row | when | {"marked": False, "total_ms": marked["total_ms"]})
+    return to_table("anchors", rows)
+
+
+def run_with_a_slow_worker(start: Any) -> Run:
+    """Six combinations on three workers of two visits each, one of which is a tenth slower than it seems."""
+    run: Run = start(sweep(knobs="{active_blocks: [1, 2, 3, 4, 5, 6]}", latency="{samples: 2, repeats: 2}"))
+    timed = [task for task in run.plan.tasks if task.kind is Kind.LATENCY]
+    for number, task in enumerate(timed):
+        worker, slower = (("h100-0", 1.0), ("h100-1", 1.0), ("h100-2", 1.1))[number % 3]
+        about = {"worker": worker, "session_started_at": STARTED, "started_at": STARTED + timedelta(minutes=5 * number)}
+        rows = [timed_row(task, ref, task.visit, 60.0 * slower) | about for ref in task.samples]
+        result = TaskResult(
+            task.task_id,
+            Status.DONE,
+            to_table("latency", rows),
+            anchors=anchor_rows(task, worker, [2 * number, 2 * number + 1], slower),
+            started_at=BEGIN + number,
+            finished_at=BEGIN + number + 1,
+        )
+        run.recorder.commit(Outcome(task, result, "H100", attempts=1))
+    run.all_done()
+    return run
+
+
+def test_a_slow_worker_is_named_and_what_it_timed_is_corrected_beside_what_it_measured(start: Any) -> None:
+    run = run_with_a_slow_worker(start)
+    before = run.combinations()
+    assert before["total_ms_corrected_p50"].isna().all()
+    workers = run.recorder.compare_workers(correct=True)
+    total = workers[workers["timing"] == "total_ms"].set_index("worker")
+    assert total["findings"].map(list).to_dict() == {"h100-0": [], "h100-1": [], "h100-2": ["slow"]}
+    assert total.loc["h100-2", "bias"] == pytest.approx(0.1, abs=0.005)
+    after = run.combinations()
+    assert sorted(after["total_ms_mean"]) == sorted(before["total_ms_mean"])
+    assert after["total_ms_mean"].max() > 62
+    assert after["total_ms_corrected_mean"].to_numpy() == pytest.approx(60, rel=0.005)
+    kept = stored(run.root, "workers")
+    assert len(kept) == len(workers)
+    assert set(kept["worker"]) == {"h100-0", "h100-1", "h100-2"}
+    assert len(stored(run.root, "anchors")) == 12 * 2 * 2 * 2
+
+
+def test_what_was_corrected_stays_as_it_is_in_the_next_run(start: Any) -> None:
+    run = run_with_a_slow_worker(start)
+    run.recorder.compare_workers(correct=True)
+    files = written(run.root)
+    again: Run = start(sweep(knobs="{active_blocks: [1, 2, 3, 4, 5, 6]}", latency="{samples: 2, repeats: 2}"))
+    assert written(run.root) == files, "not even catching up writes anything"
+    again.recorder.compare_workers(correct=True)
+    assert written(run.root) == files
+
+
+def test_an_interrupted_run_compares_workers_and_corrects_later(start: Any) -> None:
+    run = run_with_a_slow_worker(start)
+    assert len(run.recorder.compare_workers(correct=False))
+    assert len(stored(run.root, "workers"))
+    assert run.combinations()["total_ms_corrected_p50"].isna().all()
+
+
+def test_without_anchors_there_is_nothing_to_compare(start: Any) -> None:
+    run: Run = start()
+    run.all_done()
+    files = written(run.root)
+    assert run.recorder.compare_workers(correct=True).empty
+    assert written(run.root) == files
+
+
+def test_a_task_that_failed_leaves_the_anchors_that_were_timed_before_it(start: Any) -> None:
+    run: Run = start()
+    task = run.task(Kind.LATENCY)
+    failed = TaskResult(task.task_id, Status.FAILED, anchors=anchor_rows(task, "h100-0", [0], 1.0), reason="planted")
+    run.recorder.commit(Outcome(task, failed, "H100", attempts=1))
+    assert len(stored(run.root, "anchors")) == 4

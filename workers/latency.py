@@ -51,7 +51,9 @@ class TimedSample:
 
 
 # Energy is measured on as many batches as take this long: more would cost a sweep as much as its timings.
-ENERGY_ROUND_S = 1.0
+ENERGY_ROUND_S = 0.5
+# Ticks of the counter that those are repeated over: some three seconds, so that a tick more or less is 3 %.
+ENERGY_TICKS = 30
 
 # Opens a sample, or says with a SampleError why it cannot be timed.
 OpenSample = Callable[[SampleRef], TimedSample]
@@ -179,7 +181,7 @@ def _timed(task: Task, vlm: VisionLanguageModel, batch: Batch, observer: Observe
 def _energy_columns(
     task: Task, vlm: VisionLanguageModel, batches: Sequence[Batch], typical_ms: np.ndarray, gpu: Gpu
 ) -> dict[int, dict[str, Any]]:
-    """Energy of one answer, by number of batch: the mean over the first ones, as many as take about a second.
+    """Energy of one answer, by number of batch: the mean over the first ones, as many as take about half a second.
 
     They are answered without marks, over and over, for nobody may ask the driver anything in between.
     """
@@ -189,7 +191,7 @@ def _energy_columns(
         for batch in measured:
             time_bare(vlm, [timed.prompt for timed in batch], task.knobs.vision, task.protocol.max_new_tokens)
 
-    energy = energy_of(gpu, one_round)
+    energy = energy_of(gpu, one_round, ENERGY_TICKS)
     if energy is None:
         return {}
     answers = len(measured) * task.protocol.batch_size

@@ -198,7 +198,7 @@ LATENCY_COLUMNS = (
         "energy_j",
         _FLOAT,
         "J",
-        "energy of the device for one answer, of n in a batch of n: mean over the first batches, as many as take about "
+        "energy of the device for one answer, of n in a batch of n: mean over the first batches, as many as take half "
         "a second, run for it behind the timed rounds; null for the others and where the device has no counter",
     ),
     Column("energy_relative_error", _FLOAT, "", "how far the counter's ticks leave it open, as a ratio"),
