@@ -100,7 +100,7 @@ class Observer:
     """Takes the conditions on one device, outside of what is timed.
 
     One snapshot took 0.22 ms on a two-core virtual machine without a GPU, and takes some 10 to 20 us more per core;
-    NVML adds about ten questions. `python -m workers.conditions` measures it.
+    NVML adds about ten questions. `python -m workers.selfcheck` measures it.
     """
 
     def __init__(self, device: torch.device, gpu: Gpu | None = None) -> None:
@@ -247,19 +247,3 @@ def _counted(counter: Path) -> int | None:
         return int(counter.read_text())
     except (OSError, ValueError):
         return None
-
-
-def _measure(snapshots: int = 200) -> None:
-    """Print what a snapshot costs on this machine."""
-    import torch
-
-    observer = Observer(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    observer.snapshot()
-    begun = time.perf_counter()
-    for _ in range(snapshots):
-        observer.snapshot()
-    print(f"{(time.perf_counter() - begun) / snapshots * 1e3:.3f} ms per snapshot on {observer._device.type}")
-
-
-if __name__ == "__main__":
-    _measure()

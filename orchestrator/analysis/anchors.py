@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from orchestrator.analysis.statistics import Z95, clustered_standard_error, half_width_95
+from orchestrator.analysis.statistics import clustered_standard_error, half_width_95
 from workers.schema import PARTITIONS, SUMMARISED, WORKER_COLUMNS, to_table
-from workers.stopping import independent
+from workers.stopping import Z95, independent
 
 # A worker is slow or fast beyond this: two GPUs of a kind are often 1 % apart, and what a knob saves is rarely less.
 MOST_BIAS = 0.02

@@ -8,36 +8,19 @@ from functools import cache
 import numpy as np
 import pandas as pd
 
-# 97.5 % quantile of the normal distribution.
-Z95 = 1.959964
+from workers.trends import student_t95
 
 
 @cache
 def half_width_95(clusters: int) -> float:
     """Half-width of a 95 % interval in standard errors, from the number of independent clusters behind the mean.
 
-    The 97.5 % quantile of Student's t with clusters - 1 degrees of freedom: closed forms for 1 and 2, beyond that the
-    expansion of Abramowitz and Stegun 26.7.5, which is within 0.2 % of the table from 3 on.
-
     Raises:
         ValueError: fewer than two clusters have no interval.
     """
-    freedom = clusters - 1
-    if freedom < 1:
+    if clusters < 2:
         raise ValueError("an interval needs at least two clusters")
-    if freedom == 1:
-        return math.tan(math.pi * 0.475)
-    if freedom == 2:
-        return 2 * 0.475 * math.sqrt(2 / (1 - 4 * 0.475**2))
-    z = Z95
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    widened: float = z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
-    return widened
+    return student_t95(clusters - 1)
 
 
 @cache
