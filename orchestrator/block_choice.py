@@ -85,7 +85,7 @@ class StandIn:
 
 @dataclass(frozen=True)
 class Choices:
-    """What came of choosing: the choice for every model, by `PlannedModel.key`, and whether anything failed."""
+    """What came of choosing: the choice for every model, by `PlannedModel.network`, and whether anything failed."""
 
     by_model: Mapping[str, BlockChoice]
     failed: bool
@@ -96,7 +96,7 @@ class Unfinished(Exception):
 
 
 def choices_known(sweep: Sweep, models: Sequence[PlannedModel]) -> dict[str, BlockChoice]:
-    """The choice for every model, by `PlannedModel.key`, that needs nothing measured: first blocks, or a score file.
+    """The choice for every model, by `PlannedModel.network`, that needs nothing measured: first blocks, or a score file.
 
     Where something has to be measured, a stand-in.
 
@@ -108,16 +108,16 @@ def choices_known(sweep: Sweep, models: Sequence[PlannedModel]) -> dict[str, Blo
     for model in models:
         num_blocks = model.card.num_blocks
         if selection.method == "prefix":
-            found[model.key] = FirstBlocks(num_blocks)
+            found[model.network] = FirstBlocks(num_blocks)
         elif selection.method != "importance":
-            found[model.key] = StandIn(num_blocks, blocks_kept(sweep, model))
+            found[model.network] = StandIn(num_blocks, blocks_kept(sweep, model))
         else:
             kept = blocks_kept(sweep, model)
             try:
                 scores = read_scores(_score_file(sweep, model.card.name), num_blocks, model.card.fingerprint)
             except KnobError as error:
                 raise SpecError([sweep.problem("block_selection.scores", str(error))]) from None
-            found[model.key] = HighestScores(scores, tuple(sorted(kept)))
+            found[model.network] = HighestScores(scores, tuple(sorted(kept)))
     return found
 
 
@@ -149,7 +149,7 @@ def choose_blocks(
     waiting = []
     for question in asked:
         if reason := question.cannot_be_asked():
-            found[question.model.key] = NotChosen(reason)
+            found[question.model.network] = NotChosen(reason)
         else:
             waiting.append(question)
     while waiting:
@@ -163,15 +163,17 @@ def choose_blocks(
             mine = measured[measured["task_id"].isin(ids)]
             rows[question.name] = pd.concat([rows[question.name], mine], ignore_index=True)
             if len(reasons):
-                found[question.model.key] = NotChosen(f"its blocks could not be chosen: {reasons.iloc[0]}")
+                found[question.model.network] = NotChosen(f"its blocks could not be chosen: {reasons.iloc[0]}")
             elif any(task.task_id not in ids for task in question.tasks(rows[question.name])):
                 again.append(question)
                 continue
             else:
                 # Nothing further is asked, or the same again, because samples have failed.
-                found[question.model.key] = _concluded(question, rows[question.name], root)
+                found[question.model.network] = _concluded(question, rows[question.name], root)
             report(
-                _in_a_line(question, found[question.model.key], counts_to_choose(sweep, question.model.card.num_blocks))
+                _in_a_line(
+                    question, found[question.model.network], counts_to_choose(sweep, question.model.card.num_blocks)
+                )
             )
         waiting = again
     return Choices(found, failed or any(isinstance(choice, NotChosen) for choice in found.values()))
@@ -223,7 +225,7 @@ def choices_so_far(
         if known is None:
             open_questions.append(question)
         else:
-            found[question.model.key] = known
+            found[question.model.network] = known
     return found, open_questions
 
 

@@ -14,7 +14,7 @@ from knobs.errors import KnobError
 from knobs.importance import FIRST_AND_LAST, BlockScores, Method, kept_blocks
 from knobs.vision import VisionSetting
 from orchestrator.analysis.importance import block_scores, candidate_values
-from orchestrator.plan import PlannedDataset, PlannedModel, digest, distinct, task_identity
+from orchestrator.plan import PlannedDataset, PlannedModel, digest, task_identity
 from orchestrator.spec import SpecError, Sweep
 from workers.tasks import Kind, Knobs, Protocol, Task
 
@@ -136,7 +136,10 @@ def questions(sweep: Sweep, models: Sequence[PlannedModel], datasets: Sequence[P
         return []
     dataset = _dataset(sweep, datasets)
     found = []
-    for model in distinct(models).values():
+    networks: dict[str, PlannedModel] = {}
+    for model in models:
+        networks.setdefault(model.network, model)  # engines are compared on the same blocks
+    for model in networks.values():
         num_blocks = model.card.num_blocks
         kept = blocks_kept(sweep, model)
         counts = [level for level in counts_to_choose(sweep, num_blocks) if level >= len(kept)]

@@ -47,6 +47,15 @@ class PlannedModel:
         """The same for entries that differ only in what they leave to a default, or in where the same files are."""
         return digest(_model_identity(self.source))
 
+    @property
+    def network(self) -> str:
+        """The same for entries that differ only in data type and back-ends: what blocks are chosen for.
+
+        Engines are compared on the same blocks, and rounding is no reason to choose others.
+        """
+        how = ("dtype", "attention", "experts", "engine")
+        return digest({name: value for name, value in _model_identity(self.source).items() if name not in how})
+
 
 @dataclass(frozen=True)
 class PlannedDataset:
@@ -168,14 +177,14 @@ def make_plan(
     Args:
         models, datasets: of the sweep, resolved, in its order.
         accelerators: kinds of device to time on.
-        choices: which blocks run for a number of them, by `PlannedModel.key`; the first ones for what is not there.
+        choices: which blocks run for a number of them, by `PlannedModel.network`; the first ones for what is not there.
     """
     combinations: list[Combination] = []
     tasks: dict[str, Task] = {}
     skips: list[Skip] = []
     dropped: list[Dropped] = []
-    for key, model in distinct(models).items():
-        points = expand(sweep, model.card, (choices or {}).get(key))
+    for model in distinct(models).values():
+        points = expand(sweep, model.card, (choices or {}).get(model.network))
         skips += points.skips
         dropped += points.dropped
         anchor = anchor_of(points.knobs)

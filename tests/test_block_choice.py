@@ -26,7 +26,7 @@ from orchestrator.block_choice import (
     choose_blocks,
 )
 from orchestrator.block_questions import SAMPLES_PER_TASK, Question, questions
-from orchestrator.plan import FirstBlocks, PlannedDataset, PlannedModel, expand
+from orchestrator.plan import FirstBlocks, PlannedDataset, PlannedModel, expand, make_plan
 from orchestrator.resolve import planned_models, resolve
 from orchestrator.run import DONE, SOME_FAILED, main
 from orchestrator.spec import SpecError, Sweep, parse_sweep
@@ -121,6 +121,18 @@ def test_nothing_is_asked_where_nothing_is_left_to_choose() -> None:
 def test_one_question_per_model_whatever_entries_leave_out() -> None:
     spec = sweep("{method: nll}", models="tiny-smolvlm, {name: tiny-smolvlm, dtype: float32}, tiny-internvl")
     assert [question.model.card.name for question in asked(spec)] == ["tiny-smolvlm", "tiny-internvl"]
+
+
+def test_engines_and_back_ends_are_compared_on_the_same_blocks(tmp_path: Path) -> None:
+    """Blocks are measured once, and rounding under another back-end gives no other choice."""
+    models = "{name: tiny-smolvlm, engine: [eager, graph], attention: [sdpa, eager], dtype: [float32, bfloat16]}"
+    spec = sweep("{method: nll, samples: 40}", models=models)
+    assert len(asked(spec)) == 1
+    choices, _ = choose(spec, tmp_path)
+    planned, datasets = resolved(spec)
+    plan = make_plan(spec, planned, datasets, ["cpu"], choices)
+    assert len({combination.model for combination in plan.combinations}) == 8
+    assert {c.knobs.active_blocks for c in plan.combinations} == {(0, 2, 5), (0, 2, 4, 5), ALL_SIX}
 
 
 def test_tasks_are_cut_by_samples_and_hold_every_candidate() -> None:
@@ -268,7 +280,7 @@ def test_fewer_blocks_than_are_kept_are_skipped(tmp_path: Path) -> None:
     spec = sweep("{method: nll}", blocks="[1, 3]")
     choices, _ = choose(spec, tmp_path)
     models, _ = resolved(spec)
-    points = expand(spec, models[0].card, choices[models[0].key])
+    points = expand(spec, models[0].card, choices[models[0].network])
     assert [knobs.active_blocks for knobs in points.knobs] == [(0, 2, 5)]
     assert [skip.reason for skip in points.skips] == ["active_blocks 1: keep alone names 2 blocks (0, 5)"]
 
@@ -320,7 +332,7 @@ def test_numbers_that_keep_forbids_are_not_measured_for(tmp_path: Path) -> None:
     choices, rounds = choose(spec, tmp_path)
     assert rounds == []
     models, _ = resolved(spec)
-    points = expand(spec, models[0].card, choices[models[0].key])
+    points = expand(spec, models[0].card, choices[models[0].network])
     assert [skip.reason for skip in points.skips] == [
         f"active_blocks {n}: keep alone names 4 blocks (0, 1, 2, 3)" for n in (2, 3)
     ]
