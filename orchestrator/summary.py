@@ -146,7 +146,7 @@ def print_trust(rows: pd.DataFrame, workers: pd.DataFrame) -> None:
         print(f"invalid  {_count(invalid, 'row')} beside {counted} timed answers; the column invalid_reasons says why")
     total = workers[workers["timing"] == "total_ms"]
     for model, of_model in total.groupby("model"):
-        words = f"{_count(int(of_model['num_anchors'].sum()), 'anchor')} on {_count(len(of_model), 'worker')}"
+        words = f"timed {_count(int(of_model['num_anchors'].sum()), 'time')} on {_count(len(of_model), 'worker')}"
         if of_model["spread"].notna().any():
             words += f", spread {100 * of_model['spread'].max():.1f} %"
         costs = of_model.dropna(subset=["overhead", "overhead_ci95"])
@@ -155,7 +155,7 @@ def print_trust(rows: pd.DataFrame, workers: pd.DataFrame) -> None:
             on = f" on {most['worker']}, at most" if len(costs) > 1 else ""
             cost = f"{100 * most['overhead']:.2f} % ± {100 * most['overhead_ci95']:.2f}"
             words += f"; marking the stages costs {cost}{on}"
-        print(f"anchors  {model}: {words}")
+        print(f"anchor   {model}: {words}")
     for line in findings_in_words(workers):
         print(f"note     {line}")
 

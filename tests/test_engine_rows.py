@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -17,6 +19,7 @@ from orchestrator.plan import make_plan
 from orchestrator.resolve import planned_models, refuse_unavailable, resolve
 from orchestrator.run import DONE, main
 from orchestrator.spec import parse_sweep
+from workers.measure import Timing, time_batch
 from workers.models import loading
 from workers.session import Session
 from workers.tasks import Kind, Status, Task
@@ -26,7 +29,7 @@ name: graphs
 models: [{{name: {model}, engine: graph}}{more}]
 datasets: [{{name: demo, samples: 3, max_new_tokens: 4}}]
 knobs: {{active_blocks: [2]}}
-latency: {{samples: 3, repeats: 2, output_tokens: 4, warmup: {warmup}}}
+latency: {{samples: 3, repeats: 2, visits: 1, output_tokens: 4, warmup: {warmup}}}
 accuracy: {{batch_size: 2}}
 """
 MODELS = ["tiny-smolvlm", "tiny-qwen3-vl-moe"]
@@ -72,17 +75,16 @@ def test_rows_say_graph_and_none_of_them_holds_a_capture(
     recording = Recording()
     monkeypatch.setattr(loading, "capture_on", lambda _: lambda: recording)
     captured: list[int] = []
-    timed = Session._time
 
-    def noted(self: Session, *arguments: object) -> object:
+    def noted(*arguments: Any) -> Timing:
         captured.append(recording.captured)
-        return timed(self, *arguments)
+        return time_batch(*arguments)
 
-    monkeypatch.setattr(Session, "_time", noted)
+    monkeypatch.setattr("workers.latency.time_batch", noted)
     session = Session("w", torch.device("cpu"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        made = tasks(model, warmup)
+        made = {kind: replace(task, anchor=None) for kind, task in tasks(model, warmup).items()}
         rows = {kind: rows_of(session, task) for kind, task in made.items()}
     for table in rows.values():
         assert set(table["engine"]) == {"graph"}

@@ -30,7 +30,7 @@ knobs:
   longest_edge: [32, 64]
   moe_top_k: [1, 4]
   active_blocks: {blocks}
-latency: {{samples: 2, repeats: 2, output_tokens: 3}}
+latency: {{samples: 2, repeats: 2, visits: 1, output_tokens: 3}}
 accuracy: {{batch_size: 4}}
 """
 

@@ -14,7 +14,7 @@ from torch import nn
 from knobs.importance import Method
 from workers.errors import ModelError, SampleError
 from workers.models.adapter import Features, VisionLanguageModel, merge_features
-from workers.models.processing import Inputs, Tensors, left_pad
+from workers.models.processing import Inputs, Tensors, join_images, left_pad
 from workers.prepared import PreparedSample
 from workers.scorers import scorer
 from workers.shared_prefix import run_candidates
@@ -170,8 +170,7 @@ def block_changes(vlm: VisionLanguageModel, batch: Batch) -> dict[Method, torch.
 def _forward(vlm: VisionLanguageModel, prompts: Sequence[Tensors], batch: Batch, **options: Any) -> torch.Tensor:
     """Logits of a batch of prompts without a cache; vision features are given, so the tower does not run."""
     prompt = left_pad(prompts, vlm.pad_token_id)
-    visions = [inputs.vision for inputs, _ in batch]
-    grids = {n: torch.cat([v[n] for v in visions]) for n in visions[0] if not n.startswith("pixel")}
+    grids = join_images([inputs.vision for inputs, _ in batch])  # prepared samples have no pixels any more
     features = merge_features([features for _, features in batch])
     output = vlm.model(
         **prompt,
