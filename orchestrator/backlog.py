@@ -6,6 +6,7 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable
 
 from knobs.vision import VisionSetting
+from orchestrator.dominance import needs_as_much
 from workers.tasks import Kind, ModelSource, Task
 
 # Tasks of one group share a loaded model and what their images become. Timings share nothing but the model: theirs is
@@ -55,6 +56,18 @@ class Backlog:
         if not line[group]:
             del line[group]
         return task
+
+    def take_as_large(self, task: Task) -> list[Task]:
+        """Remove and return the waiting tasks that need at least the memory of one that did not fit."""
+        taken: list[Task] = []
+        line = self._lines[task.accelerator]
+        for group in [group for group in line if group[0] == task.model]:
+            queue = line.pop(group)
+            too_large = [waiting for waiting in queue if needs_as_much(waiting, task)]
+            taken += too_large
+            if left := deque(waiting for waiting in queue if waiting not in too_large):
+                line[group] = left
+        return taken
 
     def has_work_for(self, accelerator: str) -> bool:
         """Whether any waiting task may run on this kind of device."""

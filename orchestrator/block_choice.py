@@ -96,7 +96,7 @@ class Unfinished(Exception):
 
 
 def choices_known(sweep: Sweep, models: Sequence[PlannedModel]) -> dict[str, BlockChoice]:
-    """The choice for every model, by `PlannedModel.network`, that needs nothing measured: first blocks, or a score file.
+    """The choice for every model, by `PlannedModel.network`, that needs nothing measured: first blocks or a score file.
 
     Where something has to be measured, a stand-in.
 

@@ -225,7 +225,8 @@ class Recorder:
         return self._store.stamp(self._tasks[task_id].kind, task_id)
 
     def _failed_before(self, task_id: str) -> bool:
-        return self._ended(task_id)[0] == Status.FAILED
+        """Failed, or not tried because one that is no larger had failed."""
+        return self._ended(task_id)[0] in (Status.FAILED, Status.SKIPPED)
 
     def _ended(self, task_id: str) -> tuple[str, int]:
         """How a task ended, as its row says ('' if there is none), and how many of its rows failed."""

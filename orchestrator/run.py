@@ -103,7 +103,7 @@ def run(sweep: Sweep, root: Path, address: str | None, retry_failed: bool) -> in
         print(f"cluster: {cluster.address} with {cluster}; dashboard {cluster.dashboard or 'off'}")
         print(f"workers: {', '.join(map(str, pools))}")
         models = planned_models(sweep, cards, accelerators)
-        with Scheduler(pools, interruption) as scheduler:
+        with Scheduler(pools, interruption, 60 * sweep.task_timeout_minutes) as scheduler:
 
             def measure(plan: Plan) -> Recorder:
                 return _measure(sweep, plan, store, scheduler, retry_failed)

@@ -18,6 +18,10 @@ from workers.tasks import FailureKind, Status, Task, TaskResult
 
 # How often a task may take its worker down with it before it counts as the cause.
 MOST_ATTEMPTS = 3
+# How often a task may take longer than it is given. Each time costs all of it.
+MOST_TIMEOUTS = 2
+# How often a task has to run out of memory to count as too large; the second time its worker has run nothing else.
+MOST_OUT_OF_MEMORY = 2
 # How often in a row a worker may fail to start before its device is given up.
 MOST_FAILED_STARTS = 3
 # A second task waits in the worker's process, so that the device never waits for the driver.
@@ -54,7 +58,7 @@ class Outcome:
 
 @dataclass
 class Slot:
-    """One device: the worker that holds it now, and the tasks it was given, oldest first."""
+    """One device: the worker that holds it now, the tasks it was given, oldest first, and one to try anew first."""
 
     pool: Pool
     name: str
@@ -62,6 +66,8 @@ class Slot:
     ready: Any = None
     up: bool = False
     given: deque[tuple[Any, Task]] = field(default_factory=deque)
+    oldest_since: float = 0.0
+    again: Task | None = None
     last: Task | None = None
     starts: int = 0
     failed_starts: int = 0
@@ -77,11 +83,14 @@ class Scheduler:
         self,
         pools: Sequence[Pool],
         interrupted: Callable[[], bool],
+        task_seconds: float | None = None,
     ) -> None:
         """
         Args:
             interrupted: asked often; once true, nothing more is dispatched and what has finished is handed out.
+            task_seconds: a task that takes longer, loading its model included, is stopped with its worker; None: never.
         """
+        self._task_seconds = task_seconds
         self._slots = [Slot(pool, f"{pool.accelerator}-{i}".lower()) for pool in pools for i in range(pool.workers)]
         self._interrupted = interrupted
         self._attempts: Counter[str] = Counter()
@@ -113,6 +122,12 @@ class Scheduler:
             heartbeat(self._state())
             for slot in self._wait():
                 yield from self._collect(slot, backlog)
+            for slot in self._slots:
+                if self._is_overdue(slot):
+                    yield from self._stop(slot, backlog)
+                if slot.retired and slot.again is not None:
+                    backlog.put_back(slot.again, front=True)
+                    slot.again = None
         if len(backlog):
             reasons = [slot.retired for slot in self._slots if slot.retired]
             raise ClusterError(f"{reasons[0]}; {len(backlog)} tasks are left, the same command goes on from there")
@@ -122,18 +137,20 @@ class Scheduler:
     def _fill(self, backlog: Backlog) -> None:
         for slot in self._slots:
             wanted = slot.retired is None and slot.actor is None and time.monotonic() >= slot.not_before
-            if wanted and backlog.has_work_for(slot.pool.accelerator):
+            if wanted and (slot.again or backlog.has_work_for(slot.pool.accelerator)):
                 _start(slot)
             while slot.up and len(slot.given) < TASKS_PER_WORKER:
                 # A task that was there when a worker died runs alone: a death can swallow its neighbour's result.
                 if any(self._attempts[task.task_id] for _, task in slot.given):
                     break
-                task = backlog.next_for(slot.pool.accelerator, slot.last)
+                task, slot.again = slot.again or backlog.next_for(slot.pool.accelerator, slot.last), None
                 if task is None:
                     break
                 if self._attempts[task.task_id] and slot.given:
                     backlog.put_back(task, front=True)
                     break
+                if not slot.given:
+                    slot.oldest_since = time.monotonic()
                 slot.given.append((slot.actor.run.options(name=f"run[{task.kind}]").remote(task), task))
                 slot.last = task
 
@@ -188,7 +205,11 @@ class Scheduler:
                 slot.retired = f"worker {slot.name} lost its device {slot.losses} times in a row: {result.reason}"
             return
         slot.losses = 0
+        if result.failure is FailureKind.OUT_OF_MEMORY:
+            yield from self._confirm_too_large(slot, backlog, result)
+            return
         slot.given.popleft()
+        slot.oldest_since = time.monotonic()
         yield self._outcome(slot, task, result)
         if result.failure is FailureKind.MODEL_LOAD:
             # Trying again for every task would fail as often as there are tasks. What another kind of device could
@@ -217,18 +238,52 @@ class Scheduler:
             return
         slot.up = True
 
-    def _bury(self, slot: Slot, backlog: Backlog, cause: str, kind: FailureKind) -> Iterator[Outcome]:
+    def _bury(
+        self, slot: Slot, backlog: Backlog, cause: str, kind: FailureKind, most: int = MOST_ATTEMPTS
+    ) -> Iterator[Outcome]:
         """A worker is gone, or no good any more: the oldest task is the suspect, the others waited behind it."""
         _, suspect = slot.given.popleft()
         self._return_given(slot, backlog)
         self._attempts[suspect.task_id] += 1
-        if self._attempts[suspect.task_id] < MOST_ATTEMPTS:
+        if self._attempts[suspect.task_id] < most:
             backlog.put_back(suspect, front=False)
         else:
-            reason = f"{MOST_ATTEMPTS} times while it ran, {cause}"
+            reason = f"{self._attempts[suspect.task_id]} times while it ran, {cause}"
             self._attempts[suspect.task_id] -= 1  # the outcome counts the present attempt itself
             yield self._outcome(slot, suspect, _failed(suspect, kind, reason))
         _kill(slot)
+
+    def _is_overdue(self, slot: Slot) -> bool:
+        if self._task_seconds is None or not (slot.up and slot.given):
+            return False
+        # What has ended in the meantime is collected first.
+        reference = slot.given[0][0]
+        return time.monotonic() - slot.oldest_since > self._task_seconds and not ray.wait([reference], timeout=0)[0]
+
+    def _stop(self, slot: Slot, backlog: Backlog) -> Iterator[Outcome]:
+        """A call of an actor cannot be cancelled while it runs, so its process goes; others take what waited there."""
+        assert self._task_seconds is not None
+        cause = f"it took longer than {self._task_seconds / 60:.3g} minutes"
+        yield from self._bury(slot, backlog, cause, FailureKind.TIMEOUT, MOST_TIMEOUTS)
+
+    def _confirm_too_large(self, slot: Slot, backlog: Backlog, result: TaskResult) -> Iterator[Outcome]:
+        """Out of memory may be what earlier tasks left behind, so it counts from a worker that has run nothing else.
+
+        What needs as much in every direction is then not tried.
+        """
+        _, task = slot.given.popleft()
+        self._return_given(slot, backlog)
+        self._attempts[task.task_id] += 1
+        _kill(slot)
+        if self._attempts[task.task_id] < MOST_OUT_OF_MEMORY:
+            slot.again = task
+            return
+        self._attempts[task.task_id] -= 1
+        yield self._outcome(slot, task, result)
+        for larger in backlog.take_as_large(task):
+            reason = f"not tried: nothing about it is smaller than task {task.task_id}, which ran out of memory"
+            skipped = _failed(larger, FailureKind.DOMINATED, reason)
+            yield self._outcome(slot, larger, replace(skipped, status=Status.SKIPPED))
 
     def _return_given(self, slot: Slot, backlog: Backlog) -> None:
         for _, task in reversed(slot.given):
@@ -249,7 +304,8 @@ class Scheduler:
     def _can_go_on(self, backlog: Backlog) -> bool:
         """Whether anything is under way, or waits for a kind of device that still has a worker."""
         return any(
-            slot.given or (not slot.retired and backlog.has_work_for(slot.pool.accelerator)) for slot in self._slots
+            slot.given or (not slot.retired and (slot.again or backlog.has_work_for(slot.pool.accelerator)))
+            for slot in self._slots
         )
 
     def _outcome(self, slot: Slot, task: Task, result: TaskResult) -> Outcome:

@@ -116,12 +116,34 @@ class HardwareEntry(Section):
 class Columns(Section):
     """Which columns of the dataset's own files hold what."""
 
-    image: Text | None = Field(None, description="Column of the image: bytes, a path, or an image feature.")
-    question: Text | None = Field(None, description="Column of the question.")
+    image: OneOrMore[Text] | None = Field(
+        None,
+        description="Column of the image (bytes, a path, an image feature, or a list of these), or several columns.",
+    )
+    question: Text | None = Field(
+        None, description="Column of the question; null if all samples are asked what the prompt says."
+    )
     answers: Text | None = Field(None, description="Column of the accepted answers: one text or a list of them.")
     id: Text | None = Field(None, description="Column of the sample's identity.")
     image_id: Text | None = Field(None, description="Column that tells which samples share an image.")
     question_type: Text | None = Field(None, description="Column to break the accuracy down by.")
+    options: OneOrMore[Text] | None = Field(
+        None, description="Multiple choice: column of the list of options, or the columns of option A, B and so on."
+    )
+    records: Text | None = Field(
+        None,
+        description="Column of a list of records, each a question about the row's image; what they hold is named like "
+        "columns.",
+    )
+
+
+class ImageTable(Section):
+    """A second table, of the images, where the questions only name them by columns.image_id."""
+
+    path: Text | None = Field(None, description="Local file or folder of the images' table.")
+    config: Text | None = Field(None, description="Configuration (subset) of the hub dataset that holds the images.")
+    split: Text | None = Field(None, description="Split of that table; default: the same as the questions'.")
+    id: Text | None = Field(None, description="Its column that columns.image_id refers to; default: id.")
 
 
 class DatasetEntry(Section):
@@ -139,8 +161,13 @@ class DatasetEntry(Section):
     config: Text | None = Field(None, description="Configuration (subset) of the hub dataset.")
     revision: Text | None = Field(None, description="Branch, tag or commit of the hub dataset.")
     columns: Columns | None = Field(None, description="Column names, where they differ from the preset's.")
+    images: ImageTable | None = Field(None, description="Table of the images, if they are not beside the questions.")
     metric: Text | None = Field(None, description="Scorer of the answers; default: the preset's.")
-    prompt: Text | None = Field(None, description="Prompt template with {question}; default: the preset's.")
+    prompt: Text | None = Field(
+        None,
+        description="Prompt template with {question}, {options} and other columns by name; a line whose column is "
+        "empty is left out. Default: the preset's.",
+    )
 
 
 class Knobs(Section):
@@ -310,6 +337,10 @@ class Sweep(Section):
     )
     accuracy: Annotated[Accuracy | None, BeforeValidator(unless_off), AlsoAllowed({"enum": ["off", False]})] = Field(
         Accuracy(), description="How answers are scored, or off."
+    )
+    task_timeout_minutes: PositiveNumber = Field(
+        240.0,
+        description="A task that takes longer is stopped with its worker, tried once more, then recorded as failed.",
     )
     results: Text = Field("results/", description="Folder or URI (s3://, gs://) of the results.")
 

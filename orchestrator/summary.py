@@ -217,7 +217,7 @@ def print_failures(failures: pd.DataFrame, failed_rows: int, failed_samples: pd.
         knobs = (
             f"{row['vision_knob']} top-k {_number(row['moe_top_k'], 0)} blocks {_number(row['num_active_blocks'], 0)}"
         )
-        print(f"failed   {row['model']} {row['kind']} {knobs}: {row['failure']}: {row['reason']}")
+        print(f"{row['status']:8} {row['model']} {row['kind']} {knobs}: {row['failure']}: {row['reason']}")
     if len(failures) > MOST_FAILURES_SHOWN:
         print(f"failed   ... and {len(failures) - MOST_FAILURES_SHOWN} more, in the tasks table")
     if len(failed_samples):

@@ -733,3 +733,14 @@ def test_a_task_that_failed_leaves_the_anchors_that_were_timed_before_it(start: 
     failed = TaskResult(task.task_id, Status.FAILED, anchors=anchor_rows(task, "h100-0", [0], 1.0), reason="planted")
     run.recorder.commit(Outcome(task, failed, "H100", attempts=1))
     assert len(stored(run.root, "anchors")) == 4
+
+
+def test_what_was_not_tried_is_not_tried_again_unless_failures_are(start: Any) -> None:
+    run: Run = start()
+    task = run.task(Kind.LATENCY)
+    skipped = TaskResult(task.task_id, Status.SKIPPED, failure=FailureKind.DOMINATED, reason="not tried: planted")
+    run.recorder.commit(Outcome(task, skipped, "H100", attempts=1))
+    again: Run = start()
+    assert task not in again.recorder.todo()
+    assert again.recorder.failures()[["status", "failure"]].values.tolist() == [["skipped", "dominated"]]
+    assert task in start(retry_failed=True).recorder.todo()

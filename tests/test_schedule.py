@@ -27,7 +27,7 @@ class Fake:
 
     def __init__(self, name: str, accelerator: str) -> None:
         self.name = name
-        self.bad = False
+        self.ran = 0
 
     def ready(self) -> dict[str, Any]:
         return {"memory_bytes": 8e9, "name": "fake", "accelerator": "cpu"}
@@ -39,8 +39,13 @@ class Fake:
             return self._failed(task, FailureKind.DEVICE_LOST, "CUDA error: unspecified launch failure")
         if "load" in task.task_id:
             return self._failed(task, FailureKind.MODEL_LOAD, "no such file")
+        if "huge" in task.task_id or ("tight" in task.task_id and self.ran):
+            return self._failed(task, FailureKind.OUT_OF_MEMORY, "CUDA out of memory")
         if "slow" in task.task_id:
             time.sleep(0.2)
+        if "hang" in task.task_id:
+            time.sleep(600)
+        self.ran += 1
         return TaskResult(task.task_id, Status.DONE)
 
     def _failed(self, task: Task, kind: FailureKind, reason: str) -> TaskResult:
@@ -168,3 +173,42 @@ def test_workers_stay_for_the_tasks_that_come_next(connected: None) -> None:
         assert (first, second, slot.starts) == (["a", "b"], ["c", "d"], 1)
         assert slot.actor is not None
     assert slot.actor is None
+
+
+def test_out_of_memory_counts_from_a_worker_that_has_run_nothing_else(connected: None) -> None:
+    """What earlier tasks leave behind is gone with their process; the next task finds a worker that is used again."""
+    outcomes = run(ONE, *tasks("a", "b", "tight", "c"))
+    assert {name: (o.result.status, o.attempts) for name, o in outcomes.items()} == {
+        "a": (Status.DONE, 1),
+        "b": (Status.DONE, 1),
+        "tight": (Status.DONE, 2),
+        "c": (Status.DONE, 1),
+    }
+
+
+def test_what_is_as_large_in_every_direction_as_what_did_not_fit_is_not_tried(connected: None) -> None:
+    (too_large,) = tasks("huge")
+    knobs = too_large.knobs
+    larger = replace(too_large, task_id="larger", knobs=replace(knobs, active_blocks=(*knobs.active_blocks, 9)))
+    fewer_experts = replace(too_large, task_id="fewer experts", knobs=replace(knobs, moe_top_k=1))
+    outcomes = run(ONE, too_large, larger, fewer_experts)
+    found = {name: (o.result.status, o.result.failure, o.attempts) for name, o in outcomes.items()}
+    assert found == {
+        "huge": (Status.FAILED, FailureKind.OUT_OF_MEMORY, 2),
+        "larger": (Status.SKIPPED, FailureKind.DOMINATED, 1),
+        "fewer experts": (Status.DONE, None, 1),
+    }
+    reason = outcomes["larger"].result.reason
+    assert reason == "not tried: nothing about it is smaller than task huge, which ran out of memory"
+
+
+def test_a_task_that_hangs_is_stopped_twice_and_the_others_run(connected: None) -> None:
+    with Scheduler(TWO, lambda: False, task_seconds=1.0) as scheduler:
+        outcomes = {o.task.task_id: o for o in scheduler.run(tasks("a", "hang", "b", "c"))}
+    assert {name: o.result.status for name, o in outcomes.items()} == {
+        **dict.fromkeys(("a", "b", "c"), Status.DONE),
+        "hang": Status.FAILED,
+    }
+    hung = outcomes["hang"]
+    assert (hung.result.failure, hung.attempts) == (FailureKind.TIMEOUT, 2)
+    assert hung.result.reason == "2 times while it ran, it took longer than 0.0167 minutes"

@@ -42,6 +42,8 @@ class FailureKind(StrEnum):
     MODEL_LOAD = "model_load"
     KNOB = "knob"
     OUT_OF_MEMORY = "out_of_memory"
+    DOMINATED = "dominated"
+    TIMEOUT = "timeout"
     DEVICE_LOST = "device_lost"
     WORKER_LOST = "worker_lost"
     ERROR = "error"
