@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -15,6 +16,9 @@ from workers.probes import CPU
 
 # Ray itself waits many minutes for an address where nobody listens.
 PROBE_SECONDS = 3.0
+
+# How often the cluster is asked whether a device has come.
+POLL_SECONDS = 2.0
 
 # Preprocessing threads per GPU worker, where the node has that many cores per GPU.
 MOST_THREADS_PER_GPU = 8
@@ -82,19 +86,42 @@ def connect(address: str | None) -> Cluster:
         context = ray.init(wanted, include_dashboard=True, **quiet) if wanted == "local" else ray.init(wanted, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(_refused(wanted, error)) from None
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    gpus: dict[str, int] = {}
-    for node in nodes:
-        count = int(node["Resources"].get("GPU", 0))
-        for kind in _kinds(node) if count else ():
-            gpus[kind] = gpus.get(kind, 0) + count
-    cpus = int(sum(node["Resources"].get("CPU", 0) for node in nodes))
+    gpus, cpus = _devices()
     dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else None
     if dashboard and wanted == "local" and os.environ.get("RAY_AUTH_MODE") != "disabled":
         dashboard += " (asks for the token that `ray get-auth-token` prints)"  # Ray's default for local clusters
     # A connection through Ray's client (ray://) knows only the address it was given.
     place = getattr(context, "address_info", {}).get("address", wanted)
     return Cluster(place, dashboard, gpus, cpus)
+
+
+def wait_for_devices(
+    sweep: Sweep,
+    cluster: Cluster,
+    seconds: float,
+    interrupted: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = print,
+) -> Cluster:
+    """The cluster once it has every kind of device that the sweep names, or as it is when the time is over.
+
+    Nodes that an autoscaler starts, or that someone else gives back, come minutes after a run was started.
+
+    Args:
+        seconds: how long to wait at most.
+        interrupted: asked often; once true, nothing more is waited for.
+    """
+    wanted = [entry.accelerator for entry in sweep.hardware or () if entry.accelerator.lower() != CPU]
+    deadline, told = time.monotonic() + seconds, False
+    while True:
+        missing = [kind for kind in wanted if kind.lower() not in {there.lower() for there in cluster.gpus}]
+        if not missing or time.monotonic() >= deadline or interrupted():
+            return cluster
+        if not told:
+            say(f"waiting up to {seconds / 60:.3g} minutes for {', '.join(missing)}; the cluster has: {cluster}")
+            told = True
+        time.sleep(min(POLL_SECONDS, max(0.0, deadline - time.monotonic())))
+        gpus, cpus = _devices()
+        cluster = replace(cluster, gpus=gpus, cpus=cpus)
 
 
 def pools_for(sweep: Sweep, accelerators: Sequence[str], cluster: Cluster) -> list[Pool]:
@@ -124,7 +151,8 @@ def pools_for(sweep: Sweep, accelerators: Sequence[str], cluster: Cluster) -> li
         pools.append(Pool(kind, workers, threads, entry.min_memory_gb if entry is not None else None))
     if missing:
         where = f" ({sweep.where('hardware')})" if sweep.hardware is not None else ""
-        raise ClusterError(f"the sweep asks for {', '.join(missing)}{where}, but the cluster has: {cluster}")
+        wait = "; --wait MINUTES waits for more"
+        raise ClusterError(f"the sweep asks for {', '.join(missing)}{where}, but the cluster has: {cluster}{wait}")
     return pools
 
 
@@ -146,6 +174,17 @@ def actor_options(pool: Pool, name: str) -> dict[str, Any]:
     if pool.accelerator == CPU:
         return options | {"num_cpus": pool.threads}
     return options | {"num_cpus": 1, "num_gpus": 1, "accelerator_type": pool.accelerator}
+
+
+def _devices() -> tuple[dict[str, int], int]:
+    """GPUs by kind, and cores, of the nodes that are alive."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    gpus: dict[str, int] = {}
+    for node in nodes:
+        count = int(node["Resources"].get("GPU", 0))
+        for kind in _kinds(node) if count else ():
+            gpus[kind] = gpus.get(kind, 0) + count
+    return gpus, int(sum(node["Resources"].get("CPU", 0) for node in nodes))
 
 
 def _kinds(node: dict[str, Any]) -> list[str]:

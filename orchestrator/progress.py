@@ -88,16 +88,20 @@ class ProgressReport:
 
     def _line(self, more: str = "") -> None:
         self._last_line = time.monotonic()
-        done, failed = self._counts["done"], self._counts["failed"]
+        done, failed, skipped = (self._counts[status] for status in ("done", "failed", "skipped"))
         elapsed = self._last_line - self._begun
-        left = self._total - done - failed
-        here = done + failed - self._ended_before
-        rest = f", about {_duration(elapsed / here * left)} left" if here and left else ""
-        line = f"{done} of {self._total} tasks done, {failed} failed, {_duration(elapsed)} elapsed{rest}{more}"
+        left = self._total - self._counts.total()
+        here = self._counts.total() - self._ended_before
+        rest = f", about {duration(elapsed / here * left)} left" if here and left else ""
+        not_tried = f", {skipped} skipped" if skipped else ""
+        line = (
+            f"{done} of {self._total} tasks done, {failed} failed{not_tried}, {duration(elapsed)} elapsed{rest}{more}"
+        )
         print(line, file=sys.stderr, flush=True)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Minutes and seconds, with hours where there are any: 0:09, 1:02:03."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

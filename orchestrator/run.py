@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_place(root)
         if options.dry_run:
             return dry_run(sweep, root, options.address)
-        return run(sweep, root, options.address, options.retry_failed)
+        return run(sweep, root, options.address, options.retry_failed, options.wait)
     except (SpecError, StoreError) as error:
         print(error, file=sys.stderr)
         return WRONG
@@ -83,12 +85,12 @@ def dry_run(sweep: Sweep, root: Path, address: str | None) -> int:
     return DONE
 
 
-def run(sweep: Sweep, root: Path, address: str | None, retry_failed: bool) -> int:
+def run(sweep: Sweep, root: Path, address: str | None, retry_failed: bool, wait_minutes: float = 0.0) -> int:
     """Measure what is not there yet, commit each result as it arrives, and show the table."""
     # Imported here: a dry run needs no Ray.
     import ray
 
-    from orchestrator.cluster import ClusterError, connect, pools_for
+    from orchestrator.cluster import ClusterError, connect, pools_for, wait_for_devices
     from orchestrator.interrupt import Interruption
     from orchestrator.schedule import Scheduler
 
@@ -98,6 +100,7 @@ def run(sweep: Sweep, root: Path, address: str | None, retry_failed: bool) -> in
     try:
         cluster = connect(address)
         interruption.listen()
+        cluster = wait_for_devices(sweep, cluster, 60 * wait_minutes, interruption)
         accelerators = accelerators_wanted(sweep, list(cluster.gpus))
         pools = pools_for(sweep, accelerators, cluster)
         print(f"cluster: {cluster.address} with {cluster}; dashboard {cluster.dashboard or 'off'}")
@@ -140,6 +143,7 @@ def _measure(sweep: Sweep, plan: Plan, store: ResultStore, scheduler: Scheduler,
     from orchestrator.record import Recorder
 
     recorder = Recorder(store, sweep, plan, retry_failed=retry_failed)
+    recorder.note_run()
     recorder.catch_up()
     print_plan(plan, plan.accelerators, recorder.done, recorder.failed)
     print_warnings(store.warnings)
@@ -160,7 +164,7 @@ def _conclude(
     if len(results):
         print_results(results)
         print_engines(results)
-        print_trust(results, workers)
+        print_trust(results, workers, recorder.anchor_failures)
     if sweep.knobs.vision_axis is not None:
         print_vision_checks(recorder.vision_rows())
     print_failures(failures, failed_rows, failed_samples)
@@ -182,8 +186,22 @@ def _parser() -> argparse.ArgumentParser:
         "--results-root", metavar="FOLDER", help="what a relative results folder is relative to (default: here)"
     )
     parser.add_argument("--address", help="Ray cluster: HOST:PORT, ray://HOST:PORT, auto or local")
+    parser.add_argument(
+        "--wait",
+        type=_minutes,
+        default=0.0,
+        metavar="MINUTES",
+        help="wait for devices that the cluster lacks (default: 0)",
+    )
     parser.add_argument("--retry-failed", action="store_true", help="run again what failed before")
     return parser
+
+
+def _minutes(text: str) -> float:
+    with suppress(ValueError):
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a number of minutes, not {text!r}")
 
 
 if __name__ == "__main__":

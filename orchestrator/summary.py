@@ -24,7 +24,7 @@ from orchestrator.analysis.validation import (
 from orchestrator.block_questions import Question
 from orchestrator.plan import Plan
 from workers.probes import CPU
-from workers.tasks import Kind
+from workers.tasks import Kind, ModelSource
 
 # Wide enough for every column where there is no terminal to ask.
 WIDTH_OF_LOGS = 150
@@ -77,21 +77,46 @@ def print_plan(plan: Plan, accelerators: Collection[str], done: Collection[str],
 
 
 def print_combinations(plan: Plan) -> None:
-    """Every combination in a line."""
+    """Every combination in a line, with what tells variants of one model apart."""
+    variants = _variants(plan)
+    several_sizes = len({c.timed.batch_size for c in plan.combinations if c.timed}) > 1
     for combination in plan.combinations:
         knobs = combination.knobs
         width = "" if knobs.moe_top_k is None else f" moe_top_k={knobs.moe_top_k}"
         print(
-            f"  {combination.combination_id[:8]} {combination.model.name} {combination.accelerator} "
-            f"{combination.dataset.name}: {knobs.vision}{width} "
+            f"  {combination.combination_id[:8]} {combination.model.name}{variants[combination.model]} "
+            f"{combination.accelerator} {combination.dataset.name}: {knobs.vision}{width} "
             f"active_blocks={len(knobs.active_blocks)} [{_ranges(knobs.active_blocks)}]"
+            + (f" batch_size={combination.timed.batch_size}" if several_sizes and combination.timed else "")
         )
+
+
+def _variants(plan: Plan) -> dict[ModelSource, str]:
+    """Data type and back-ends of each model, as far as models of one name differ in them."""
+    models = dict.fromkeys(combination.model for combination in plan.combinations)
+    words = {}
+    for model in models:
+        named = [other for other in models if other.name == model.name]
+        differ = [
+            name for name in ("dtype", "attention", "experts", "engine") if len({getattr(o, name) for o in named}) > 1
+        ]
+        words[model] = "".join(f" {name}={getattr(model, name)}" for name in differ)
+    return words
 
 
 def print_results(rows: pd.DataFrame) -> None:
     """The table of knob combinations: accuracy with its standard error, medians of the stages, the mean total."""
-    told_apart = ("accelerator", "dataset", "dtype", "attention", "experts", "engine", "timed_batch_size")
-    several = [name for name in told_apart if rows.groupby("model")[name].nunique().max() > 1]
+    told_apart = (
+        "accelerator",
+        "dataset",
+        "dtype",
+        "attention",
+        "experts",
+        "engine",
+        "engine_asked",
+        "timed_batch_size",
+    )
+    several = [name for name in told_apart if rows[name].nunique() > 1]
     table = Table(header_style="bold", caption="times in ms; accuracy ± standard error", caption_justify="left")
     for name in ("model", *several, "vision knob"):
         table.add_column(name.removeprefix("timed_").replace("_", " "), overflow="fold")
@@ -134,28 +159,35 @@ def print_engines(rows: pd.DataFrame) -> None:
         print(f"note     {model} on {accelerator}: engine {engine} in {_count(len(group), 'combination')}: {note}")
 
 
-def print_trust(rows: pd.DataFrame, workers: pd.DataFrame) -> None:
+def print_trust(rows: pd.DataFrame, workers: pd.DataFrame, anchor_failures: pd.DataFrame) -> None:
     """How far the times can be trusted: rows that do not count, what measuring costs, and workers that differ.
 
     Args:
         rows: of the table combinations.
         workers: of the table workers.
+        anchor_failures: rows of the table anchors that failed.
     """
     invalid, counted = int(rows["num_invalid"].fillna(0).sum()), int(rows["num_timed"].fillna(0).sum())
     if invalid:
         print(f"invalid  {_count(invalid, 'row')} beside {counted} timed answers; the column invalid_reasons says why")
     total = workers[workers["timing"] == "total_ms"]
-    for model, of_model in total.groupby("model"):
-        words = f"timed {_count(int(of_model['num_anchors'].sum()), 'time')} on {_count(len(of_model), 'worker')}"
+    for (accelerator, model), of_model in total.groupby(["accelerator", "model"]):
+        on = len(of_model.drop_duplicates(["worker", "host", "device_uuid"]))
+        words = f"timed {_count(int(of_model['num_anchors'].sum()), 'time')} on {_count(on, 'worker')}"
+        words += "" if rows["accelerator"].nunique() == 1 else f" with {accelerator}"
         if of_model["spread"].notna().any():
             words += f", spread {100 * of_model['spread'].max():.1f} %"
         costs = of_model.dropna(subset=["overhead", "overhead_ci95"])
         if len(costs):
             most = costs.sort_values("overhead").iloc[-1]
-            on = f" on {most['worker']}, at most" if len(costs) > 1 else ""
+            at_most = f" on {most['worker']}, at most" if len(costs) > 1 else ""
             cost = f"{100 * most['overhead']:.2f} % ± {100 * most['overhead_ci95']:.2f}"
-            words += f"; marking the stages costs {cost}{on}"
+            words += f"; marking the stages costs {cost}{at_most}"
+        else:
+            words += "; too few valid pairs to say what marking the stages costs"
         print(f"anchor   {model}: {words}")
+    for model, of_model in anchor_failures.groupby("model") if len(anchor_failures) else ():
+        print(f"note     the anchor of {model!s} could not be timed: {of_model['error'].iloc[0]}")
     for line in findings_in_words(workers):
         print(f"note     {line}")
 

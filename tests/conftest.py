@@ -90,7 +90,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSource]:
 @pytest.fixture
 def quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """What else runs beside the tests is no subject of those that ask for this; see test_conditions."""
-    monkeypatch.setattr("workers.latency.reasons", lambda before, after: [])
+    for module in ("latency", "anchor"):
+        monkeypatch.setattr(f"workers.{module}.reasons", lambda before, after: [])
     monkeypatch.setattr("workers.latency.slow_first_round", lambda totals: False)
 
 

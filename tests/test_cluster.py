@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import ray
+from ray.cluster_utils import Cluster as RayCluster
 
-from orchestrator.cluster import Cluster, ClusterError, Pool, actor_options, connect, pools_for
+from orchestrator.cluster import Cluster, ClusterError, Pool, actor_options, connect, pools_for, wait_for_devices
 from orchestrator.resolve import accelerators_wanted
 from orchestrator.spec import Sweep, parse_sweep
 
@@ -48,8 +50,42 @@ def test_a_kind_that_is_not_there_is_refused_with_what_is() -> None:
     with pytest.raises(ClusterError) as caught:
         pools(sweep("[{accelerator: L40S}]"), MIXED)
     assert str(caught.value) == (
-        "the sweep asks for L40S (sweep.yaml:4), but the cluster has: 4 x A100, 8 x H100, 96 CPU cores"
+        "the sweep asks for L40S (sweep.yaml:4), but the cluster has: 4 x A100, 8 x H100, 96 CPU cores; "
+        "--wait MINUTES waits for more"
     )
+
+
+def test_a_device_that_comes_later_is_waited_for(cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.cluster.POLL_SECONDS", 0.05)
+    nodes, said = [], []
+
+    def joins(line: str) -> None:
+        said.append(line)
+        resources = {"accelerator_type:L40S": 1}
+        nodes.append(cluster.add_node(num_cpus=1, num_gpus=2, resources=resources))
+
+    asked = sweep("[{accelerator: l40s, workers: 1}, {accelerator: cpu}]")
+    there = connect(cluster.address)
+    try:
+        assert "L40S" not in there.gpus
+        found = wait_for_devices(asked, there, 60, say=joins)
+        assert found.gpus["L40S"] == 2
+        assert found.cpus == there.cpus + 1
+        assert said == [f"waiting up to 1 minutes for l40s; the cluster has: {there}"]
+        assert wait_for_devices(asked, found, 60, say=joins) == found, "what is there is not waited for"
+        assert len(nodes) == 1
+    finally:
+        ray.shutdown()
+        for node in nodes:
+            cluster.remove_node(node)
+
+
+def test_waiting_ends_with_the_time_or_an_interruption() -> None:
+    asked, said = sweep("[{accelerator: L40S}]"), []
+    assert wait_for_devices(asked, BARE, 0, say=said.append) == BARE
+    assert wait_for_devices(asked, BARE, 600, lambda: True, said.append) == BARE
+    assert wait_for_devices(sweep(), BARE, 600, say=said.append) == BARE
+    assert said == []
 
 
 def test_a_worker_gets_its_device_and_none_of_the_changes_that_ray_makes() -> None:

@@ -3,51 +3,54 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from workers.conditions import Observer, condition_columns
 from workers.errors import SampleError
 from workers.latency import OpenSample, TimedSample, timing_columns, weights_bytes
 from workers.measure import time_batch
 from workers.models.adapter import VisionLanguageModel
-from workers.models.loading import is_out_of_memory
 from workers.pairs import time_pairs
-from workers.rows import RowMaker
-from workers.tasks import Knobs, Task
+from workers.rows import RowMaker, engine_columns
+from workers.tasks import Anchor, Task
 from workers.validity import reasons
 
 # Each a marked and a bare answer, whose order alternates; an even number, so that neither comes first more often.
 PAIRS = 4
 
-# The anchor is timed again after this many times as long as it took: it takes a tenth of the time at most.
+# An anchor is timed again after this many times as long as it took, and all anchors of a worker take no more than that
+# share of its time, but for the first call of each: a tenth of the time.
 PAUSE = 10
+
+# Untimed answers before the first call to an anchor, and before each later one.
+FIRST_WARM_UP, WARM_UP = 3, 1
 
 
 @dataclass
-class _Anchor:
-    """One anchor on one worker; `sample` is None if none of the task's can be timed, or none fits into memory."""
+class _State:
+    """One anchor on one worker; `sample` is None if it cannot be timed."""
 
     sample: TimedSample | None
     calls: int = 0
     took_s: float = 0.0
     ended_s: float = 0.0
 
-    def is_due(self, now_s: float) -> bool:
-        return self.sample is not None and (self.calls == 0 or now_s - self.ended_s >= PAUSE * self.took_s)
-
 
 class Anchors:
     """The anchors of one worker: when each is due, and the rows of the table anchors."""
 
     def __init__(self) -> None:
-        self._anchors: dict[Hashable, _Anchor] = {}
+        self._states: dict[str, _State] = {}
+        self._began_s: float | None = None
+        self._spent_s = 0.0
 
     def rows_if_due(
         self,
         task: Task,
-        knobs: Knobs,
+        anchor: Anchor,
         vlm: VisionLanguageModel,
         open_sample: OpenSample,
         rows: RowMaker,
@@ -55,59 +58,74 @@ class Anchors:
     ) -> list[dict[str, Any]]:
         """Time an anchor on the first sample of a task that can be timed, unless that was done a moment ago.
 
-        Knobs are set here and restored. What does not fit into memory, or fails for its image, is not tried again.
+        Knobs are set here and restored. An anchor is a yardstick and no result, so that whatever is wrong with it costs
+        no task: one that cannot be timed leaves a row with the reason, and is not tried again.
+
+        Args:
+            open_sample: opens a sample as the anchor sees it, not as the task does.
+
+        Raises:
+            torch.AcceleratorError: the device is lost.
         """
-        key = task.model, task.dataset, knobs, task.protocol.max_new_tokens, task.samples[0]
-        if key not in self._anchors:
-            self._anchors[key] = _Anchor(_first_that_works(task, open_sample))
-        anchor = self._anchors[key]
         begin = time.monotonic()
-        if anchor.sample is None or not anchor.is_due(begin):
-            return []
+        self._began_s = begin if self._began_s is None else self._began_s
         try:
-            with vlm.knobs(moe_top_k=knobs.moe_top_k, active_blocks=knobs.active_blocks):
-                made = _timed(task, knobs, anchor.sample, vlm, rows, observer)
+            if anchor.anchor_id not in self._states:
+                self._states[anchor.anchor_id] = _State(None)
+                self._states[anchor.anchor_id].sample = _first_that_works(task, open_sample)
+            state = self._states[anchor.anchor_id]
+            if state.sample is None or not self._is_due(state, begin):
+                return []
+            with vlm.knobs(moe_top_k=anchor.knobs.moe_top_k, active_blocks=anchor.knobs.active_blocks):
+                made = _timed(task, anchor, state, vlm, rows, observer)
+        except torch.AcceleratorError:
+            raise
         except Exception as error:
-            if not (isinstance(error, SampleError) or is_out_of_memory(error)):
-                raise
-            anchor.sample = None
-            return []
-        made = [row | {"visit": anchor.calls} for row in made]
-        anchor.calls += 1
-        anchor.ended_s = time.monotonic()
-        anchor.took_s = anchor.ended_s - begin
+            self._states[anchor.anchor_id].sample = None
+            reason = SampleError(f"{type(error).__name__}: {error}")
+            return [rows.failed(task, vlm, task.samples[0], reason) | _of_the_anchor(anchor, 0)]
+        state.calls += 1
+        state.ended_s = time.monotonic()
+        state.took_s = state.ended_s - begin
+        self._spent_s += state.took_s
         return made
+
+    def _is_due(self, state: _State, now_s: float) -> bool:
+        if state.calls == 0:
+            return True
+        assert self._began_s is not None
+        return now_s - state.ended_s >= PAUSE * state.took_s and now_s - self._began_s >= PAUSE * self._spent_s
+
+
+def _of_the_anchor(anchor: Anchor, call: int) -> dict[str, Any]:
+    return {"combination_id": None, "anchor_id": anchor.anchor_id, "visit": call}
 
 
 def _timed(
-    task: Task,
-    knobs: Knobs,
-    timed: TimedSample,
-    vlm: VisionLanguageModel,
-    rows: RowMaker,
-    observer: Observer,
+    task: Task, anchor: Anchor, state: _State, vlm: VisionLanguageModel, rows: RowMaker, observer: Observer
 ) -> list[dict[str, Any]]:
-    tokens, image = task.protocol.max_new_tokens, timed.image
-    for _ in range(vlm.engine.warm_up_rounds + 1):
+    assert state.sample is not None
+    timed, knobs, tokens = state.sample, anchor.knobs, task.protocol.max_new_tokens
+    for _ in range(vlm.engine.warm_up_rounds + (WARM_UP if state.calls else FIRST_WARM_UP)):
         time_batch(vlm, [timed.prompt], knobs.vision, tokens)
-    of_the_call = {"combination_id": None, "batch_size": 1, "batch": 0, "weights_bytes": weights_bytes(vlm)}
+    of_the_call = _of_the_anchor(anchor, state.calls) | {
+        "batch_size": 1,
+        "batch": 0,
+        "weights_bytes": weights_bytes(vlm),
+    }
     made = []
     for number, pair in enumerate(time_pairs(vlm, timed.prompt, knobs.vision, tokens, PAIRS, observer)):
         inputs = pair.marked.inputs[0]
-        for is_marked, begun, around in (
-            (True, pair.marked_at, pair.around_marked),
-            (False, pair.bare_at, pair.around_bare),
+        bare = {"total_ms": pair.bare_ms, "output_tokens": tokens} | engine_columns(pair.marked.engine_used)
+        for is_marked, begun, around, times in (
+            (True, pair.marked_at, pair.around_marked, timing_columns(pair.marked, pair.around_marked)),
+            (False, pair.bare_at, pair.around_bare, bare | condition_columns(*pair.around_bare)),
         ):
-            row = rows.sample(task, vlm, timed.sample, image.height, image.width, inputs, begun, knobs)
+            row = rows.sample(task, vlm, timed.sample, timed.sizes, inputs, begun, knobs)
             why_not = [*row["invalid_reasons"], *reasons(*around)]
-            bare = {"total_ms": pair.bare_ms, "output_tokens": tokens} | condition_columns(*around)
-            made.append(
-                row
-                | of_the_call
-                | (timing_columns(pair.marked, around) if is_marked else bare)
-                | {"marked": is_marked, "pair": number, "repeat": number}
-                | {"valid": not why_not, "invalid_reasons": why_not}
-            )
+            of_the_answer = {"marked": is_marked, "pair": number, "repeat": number}
+            validity = {"valid": not why_not, "invalid_reasons": why_not}
+            made.append(row | of_the_call | times | of_the_answer | validity)
     return made
 
 

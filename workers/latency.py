@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from workers.conditions import Conditions, Observer, condition_columns
@@ -19,46 +20,56 @@ from workers.flops import count_flops
 from workers.measure import Prompt, Timing, time_bare, time_batch
 from workers.models.adapter import VisionLanguageModel
 from workers.nvml import Gpu
-from workers.rows import RowMaker, engine_columns
+from workers.rows import RowMaker, Size, engine_columns
 from workers.schema import STAGES
-from workers.stopping import Repeats
+from workers.stopping import WATCHED, Repeats
 from workers.tasks import Task
 from workers.validity import Reason, reasons, slow_first_round
-
-# The times whose medians have to be known well enough before repeats end.
-WATCHED = ("total_ms", "prefill_ms", "tpot_ms")
 
 # Counting takes as long as several answers. Where a setting leaves the number of crops to the image, two samples are a
 # rough estimate of the mean; each row that is counted is exact.
 FLOPS_COUNTED_ON = 2
 
+# Energy is measured on as many batches as take this long: more would cost a sweep as much as its timings.
+ENERGY_ROUND_S = 0.5
+# Ticks of the counter that those are repeated over: some three seconds of 100 ms, so that one more or less is 3 %.
+ENERGY_TICKS = 30
+
 
 @dataclass(frozen=True)
 class TimedSample:
-    """A sample that can be timed: its image decoded, and how long its prompt is under the knobs of the task.
+    """A sample that can be timed: its images decoded, and how long its prompt is under the knobs of the task.
 
-    The tensors that it becomes are not kept: under the largest settings they are many times its image.
+    The tensors that it becomes are not kept: under the largest settings they are many times its images.
     """
 
     sample: Sample
-    image: Image.Image
-    question: str
+    images: tuple[Image.Image, ...]
     prompt_tokens: int
 
     @property
     def prompt(self) -> Prompt:
-        return Prompt([self.image], self.question)
+        return Prompt(self.images, self.sample.prompt)
+
+    @property
+    def sizes(self) -> list[Size]:
+        return [(image.height, image.width) for image in self.images]
 
 
-# Energy is measured on as many batches as take this long: more would cost a sweep as much as its timings.
-ENERGY_ROUND_S = 0.5
-# Ticks of the counter that those are repeated over: some three seconds, so that a tick more or less is 3 %.
-ENERGY_TICKS = 30
+@dataclass(frozen=True)
+class Batch:
+    """Samples that are timed together; those behind the first `own` fill it up, and have rows in their own batch."""
+
+    samples: Sequence[TimedSample]
+    own: int
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        return [timed.prompt for timed in self.samples]
+
 
 # Opens a sample, or says with a SampleError why it cannot be timed.
 OpenSample = Callable[[SampleRef], TimedSample]
-
-Batch = Sequence[TimedSample]
 
 
 def latency_rows(
@@ -68,10 +79,12 @@ def latency_rows(
 
     Rounds go over all batches, so that a drift meets every batch alike. The knobs are set by the caller.
     """
-    usable, failed = usable_samples(task, vlm, open_sample, rows)
     protocol = task.protocol
-    flops = {timed.sample.ref.uid: _flops_columns(task, vlm, timed) for timed in usable[:FLOPS_COUNTED_ON]}
-    batches = in_batches(usable, protocol.batch_size)
+    usable, failed = usable_samples(task, vlm, open_sample, rows)
+    batches, cannot_share = usable_batches(task, vlm, usable, rows)
+    failed += cannot_share
+    if vlm.device.type == "cuda":
+        torch.cuda.empty_cache()  # or what earlier tasks left there would be in the memory that torch holds
     first_calls = _warm_up(task, vlm, batches)
     wanted = protocol.max_relative_error
     repeats = Repeats(
@@ -89,6 +102,7 @@ def latency_rows(
         stopped = repeats.stopped_by(time.monotonic() - begin)
     of_the_visit = {
         "batch_size": protocol.batch_size,
+        "anchor_id": None if task.anchor is None else task.anchor.anchor_id,
         "visit": task.visit,
         "weights_bytes": weights_bytes(vlm),
         "stopped_by": stopped and stopped.value,
@@ -97,8 +111,10 @@ def latency_rows(
     totals_ms = np.array([[answer.timing.total_ms for answer in made] for made in rounds])
     first_was_slow = slow_first_round(totals_ms)
     energy: dict[int, dict[str, Any]] = {}
-    if rounds and task.visit == 0:
+    flops: dict[str, dict[str, Any]] = {}
+    if rounds and task.visit == 0:  # once is enough
         energy = _energy_columns(task, vlm, batches, np.median(totals_ms, axis=0), gpu)
+        flops = {timed.sample.ref.uid: _flops_columns(task, vlm, timed) for timed in usable[:FLOPS_COUNTED_ON]}
     made_rows = list(failed)
     for number, answers in enumerate(rounds):
         for batch, answer in enumerate(answers):
@@ -136,8 +152,28 @@ def in_batches(samples: Sequence[TimedSample], size: int) -> list[Batch]:
 
     A smaller last batch would be another batch size under the same name.
     """
-    starts = range(0, len(samples), size)
-    return [[samples[(start + i) % len(samples)] for i in range(size)] for start in starts]
+    return [
+        Batch([samples[(start + i) % len(samples)] for i in range(size)], min(size, len(samples) - start))
+        for start in range(0, len(samples), size)
+    ]
+
+
+def usable_batches(
+    task: Task, vlm: VisionLanguageModel, samples: Sequence[TimedSample], rows: RowMaker
+) -> tuple[list[Batch], list[dict[str, Any]]]:
+    """The batches that can be timed, and rows of the samples whose images cannot be in one."""
+    batches = in_batches(samples, task.protocol.batch_size)
+    if task.protocol.batch_size == 1:
+        return batches, []
+    usable: list[Batch] = []
+    failed: list[dict[str, Any]] = []
+    for batch in batches:
+        try:
+            vlm.collate([vlm.preprocess(p.images, p.question, task.knobs.vision) for p in batch.prompts])
+            usable.append(batch)
+        except SampleError as error:
+            failed += [rows.failed(task, vlm, timed.sample.ref, error) for timed in batch.samples[: batch.own]]
+    return usable, failed
 
 
 def weights_bytes(vlm: VisionLanguageModel) -> int:
@@ -159,22 +195,21 @@ class _Answer:
 def _warm_up(task: Task, vlm: VisionLanguageModel, batches: Sequence[Batch]) -> list[float | None]:
     """Answer every batch as often as needed before its times settle; what the first call to each took in ms."""
     protocol = task.protocol
-    longest = max((timed.prompt_tokens for batch in batches for timed in batch), default=0)
+    longest = max((timed.prompt_tokens for batch in batches for timed in batch.samples), default=0)
     vlm.engine.reserve(protocol.batch_size, longest + protocol.max_new_tokens)
     first_calls: list[float | None] = [None] * len(batches)
     # Round by round, because a capture for one batch undoes part of the warm-up of those before it.
     for _ in range(vlm.engine.warm_up_rounds + protocol.warmup):
         for number, batch in enumerate(batches):
-            begin = time.perf_counter()
-            time_batch(vlm, [timed.prompt for timed in batch], task.knobs.vision, protocol.max_new_tokens)
+            timing = time_batch(vlm, batch.prompts, task.knobs.vision, protocol.max_new_tokens)
             if first_calls[number] is None:
-                first_calls[number] = (time.perf_counter() - begin) * 1e3
+                first_calls[number] = timing.call_ms
     return first_calls
 
 
 def _timed(task: Task, vlm: VisionLanguageModel, batch: Batch, observer: Observer) -> _Answer:
     begun, before = datetime.now(UTC), observer.snapshot()
-    timing = time_batch(vlm, [timed.prompt for timed in batch], task.knobs.vision, task.protocol.max_new_tokens)
+    timing = time_batch(vlm, batch.prompts, task.knobs.vision, task.protocol.max_new_tokens)
     return _Answer(batch, timing, begun, (before, observer.snapshot()))
 
 
@@ -189,7 +224,7 @@ def _energy_columns(
 
     def one_round() -> None:
         for batch in measured:
-            time_bare(vlm, [timed.prompt for timed in batch], task.knobs.vision, task.protocol.max_new_tokens)
+            time_bare(vlm, batch.prompts, task.knobs.vision, task.protocol.max_new_tokens)
 
     energy = energy_of(gpu, one_round, ENERGY_TICKS)
     if energy is None:
@@ -207,8 +242,8 @@ def _answer_rows(
 ) -> list[dict[str, Any]]:
     """A row per sample of a batch, each with the times of the whole batch."""
     made = [
-        rows.sample(task, vlm, timed.sample, timed.image.height, timed.image.width, inputs, answer.begun)
-        for timed, inputs in zip(answer.batch, answer.timing.inputs, strict=True)
+        rows.sample(task, vlm, timed.sample, timed.sizes, inputs, answer.begun)
+        for timed, inputs in zip(answer.batch.samples, answer.timing.inputs, strict=True)
     ]
     # What is wrong with one prompt of a batch is wrong with its time.
     every_reason = list(dict.fromkeys([reason for row in made for reason in row["invalid_reasons"]] + list(why_not)))
@@ -216,7 +251,7 @@ def _answer_rows(
         "invalid_reasons": every_reason,
         "valid": not every_reason,
     }
-    return [row | shared for row in made]
+    return [row | shared for row in made[: answer.batch.own]]
 
 
 def timing_columns(timing: Timing, around: tuple[Conditions, Conditions]) -> dict[str, Any]:
@@ -240,7 +275,7 @@ def _timing_columns(timing: Timing) -> dict[str, Any]:
 
 def _flops_columns(task: Task, vlm: VisionLanguageModel, timed: TimedSample) -> dict[str, Any]:
     """Of the sample alone, without the padding of a batch."""
-    inputs = vlm.preprocess([timed.image], timed.question, task.knobs.vision)
+    inputs = vlm.preprocess(timed.images, timed.sample.prompt, task.knobs.vision)
     flops = count_flops(vlm, vlm.transfer(inputs), task.protocol.max_new_tokens)
     return {
         "vision_flops": flops.vision,

@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,6 +61,7 @@ class Timing:
     """One timed batch of answers; every duration in milliseconds and of the whole batch, stages adjacent and disjoint.
 
     Attributes:
+        call_ms: total of the first answer of the call, which is another one where that had to capture.
         inputs: of every answer, as they were before they became a batch.
         kv_cache_bytes: what keys and values take at the end: as much as there are tokens, padding included, with the
             eager engine, as much as there is room for with the graph engine.
@@ -75,6 +76,7 @@ class Timing:
     decode_step_ms: tuple[float, ...]
     ttft_ms: float
     total_ms: float
+    call_ms: float
     inputs: tuple[Inputs, ...]
     output_tokens: int
     kv_cache_bytes: int
@@ -144,6 +146,7 @@ class _Answered:
     """A batch that was answered: what it took by the host's clock, and the marks on the way."""
 
     total_ms: float
+    call_ms: float
     start: Any
     preprocessed: Any
     transferred: Any
@@ -163,10 +166,11 @@ def _without_capture(
         raise ValueError(f"output_tokens is {output_tokens}; prefill makes the first token, so at least 1 is timed")
     captures = vlm.engine.captures
     answered = _answer(vlm, batch, setting, output_tokens, clock)
+    call_ms = answered.total_ms
     while vlm.engine.captures != captures:
         captures = vlm.engine.captures
         _answer(vlm, batch, setting, output_tokens, clock)
-        answered = _answer(vlm, batch, setting, output_tokens, clock)
+        answered = replace(_answer(vlm, batch, setting, output_tokens, clock), call_ms=call_ms)
     return answered
 
 
@@ -193,7 +197,9 @@ def _answer(
             chosen.append(clock.mark())
         clock.synchronize()
         total_ms = (time.perf_counter() - host_start) * 1e3
-    return _Answered(total_ms, start, preprocessed, transferred, tower_ends, projected, chosen, tuple(samples), state)
+    return _Answered(
+        total_ms, total_ms, start, preprocessed, transferred, tower_ends, projected, chosen, tuple(samples), state
+    )
 
 
 def _timing(clock: Clock, answered: _Answered, device: torch.device) -> Timing:
@@ -207,6 +213,7 @@ def _timing(clock: Clock, answered: _Answered, device: torch.device) -> Timing:
         decode_step_ms=tuple(clock.ms(a, b) for a, b in itertools.pairwise(at.chosen)),
         ttft_ms=clock.ms(at.start, at.chosen[0]),
         total_ms=at.total_ms,
+        call_ms=at.call_ms,
         inputs=at.samples,
         output_tokens=len(at.chosen),
         kv_cache_bytes=kv_cache_bytes(at.state),

@@ -7,6 +7,8 @@ from enum import StrEnum
 
 import numpy as np
 
+# The times whose medians have to be known well enough before repeats end.
+WATCHED = ("total_ms", "prefill_ms", "tpot_ms")
 # Fewer rounds say too little of their own spread.
 FEWEST_ROUNDS = 3
 # Normal quantile of a 95 % interval.

@@ -7,6 +7,7 @@ is reckoned in logarithms of times, where a machine that is 5 % slower adds the 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from orchestrator.analysis.statistics import clustered_standard_error, half_width_95
+from orchestrator.analysis.statistics import clustered_standard_error, half_width_95, student_t_chance
 from workers.schema import PARTITIONS, SUMMARISED, WORKER_COLUMNS, to_table
 from workers.stopping import Z95, independent
 
@@ -29,11 +30,13 @@ LEAST_CHANGE = 0.005
 MOST_SPREAD = 0.05
 # What marking the stages may cost; half of what users tell apart when they compare combinations.
 MOST_OVERHEAD = 0.005
-# How likely any slow, fast, drift or overhead may come from chance alone, over all rows together: a large sweep judges
-# hundreds of numbers, and one in twenty of them is beyond its 95 % interval for no reason.
+# How likely any slow, fast, drift or overhead may come from chance alone, over all rows of a model, kind of device and
+# data set: they are dozens of numbers, and one in twenty of them is beyond its 95 % interval for no reason.
 CHANCE = 0.01
 # A finding about a part of an answer is told in words when it comes to this share of the whole answer.
 WORTH_TELLING = 0.005
+# Seconds that anchors have to be apart for a change per hour to mean anything.
+LEAST_DRIFT_SECONDS = 120.0
 # Fewer pairs do not give a median a 95 % interval: all of five lie on one side of it once in 16 times.
 FEWEST_PAIRS = 6
 # Exponents end here, at changes of 5e8. A slope of seconds may come to more in an hour, which means as little.
@@ -41,10 +44,13 @@ _LARGEST = 20.0
 
 _PLACE = [column.name for column in PARTITIONS]
 _RUN = ["worker", "session_started_at"]
+_ANCHOR = [*_PLACE, "anchor_id"]
 _COLUMNS = [column.name for column in WORKER_COLUMNS]
 _TRENDS = [*_PLACE, *_COLUMNS]
 _COUNTED = ["marked", "pair", "visit", "status", "valid", "started_at", *SUMMARISED]
 _DEVICE = ["device_name", "device_uuid", "environment_id"]
+# A slot of a pool keeps its name when it comes back on another device.
+_WHO = ["worker", "host", "device_uuid"]
 # What an anchor is, with the words for it; a flag has one word for each of its values.
 _NUMBERS = {"moe_top_k": "top-k {}", "num_active_blocks": "{} blocks", "output_tokens": "{} tokens"}
 _FLAGS = {"force_full_tokens": {True: "full tokens"}, "resize_to_fill": {True: "fill", False: "letterbox"}}
@@ -61,7 +67,8 @@ def worker_trends(anchors: pd.DataFrame, environments: pd.DataFrame | None = Non
     wandering machine would be said to drift (see `workers.stopping.independent`).
 
     bias: the level of a run less the median of the levels of all workers that timed the same anchor, each worker with
-    one level, the mean of its runs weighted by calls, so that restarts do not make a worker count more. The variance of
+    one level, the mean of its runs weighted by calls, so that restarts do not make a worker count more. A worker is its
+    name on one host and device; where there is but one, its runs are compared with each other. The variance of
     a run's level is s^2 / n, with s^2 pooled over the runs of its worker: about the line where a run has four calls,
     about the mean where it has fewer. The interval adds the variance of the run's level and that of the worker in the
     middle (of two in the middle, of their mean), which is exact for a worker far from the median and wide for one near
@@ -75,10 +82,10 @@ def worker_trends(anchors: pd.DataFrame, environments: pd.DataFrame | None = Non
     the design effect of "above the median" within calls (Woodruff 1952); null under FEWEST_PAIRS.
 
     findings: slow and fast, drift, overhead are beyond the constants above, beyond their 95 % intervals, and so
-    unlikely by chance that in all rows together there is one with probability CHANCE at most (Bonferroni). spread
-    describes what was seen and is judged as it is.
+    unlikely by chance that in all rows of a model, kind of device and data set there is one with probability CHANCE at
+    most (Bonferroni). spread describes what was seen and is judged as it is.
 
-    A slope of calls within seconds is enormous per hour, and so is its interval; neither goes beyond e^20.
+    drift_per_hour is null where the calls lie within LEAST_DRIFT_SECONDS.
 
     Args:
         anchors: rows of that table, with the partition columns; of any number of workers, models and anchors.
@@ -92,7 +99,7 @@ def worker_trends(anchors: pd.DataFrame, environments: pd.DataFrame | None = Non
     hosts = _hosts(environments)
     rows: list[dict[str, Any]] = []
     chances: list[dict[str, float]] = []
-    for place, answers in valid.groupby([*_PLACE, "anchor"], sort=True, dropna=False):
+    for place, answers in valid.groupby(_ANCHOR, sort=True, dropna=False):
         calls = _calls(answers)
         runs = [
             (_run_columns(answers_of_run, hosts), calls.loc[[run]], _overhead(answers_of_run))
@@ -101,9 +108,10 @@ def worker_trends(anchors: pd.DataFrame, environments: pd.DataFrame | None = Non
         ]
         for timing in SUMMARISED:
             for about, columns, chance in _timing_rows(timing, runs):
-                rows.append(dict(zip([*_PLACE, "anchor"], place, strict=True)) | about | columns)
+                rows.append(dict(zip(_ANCHOR, place, strict=True)) | about | columns)
                 chances.append(chance)
-    for row, found in zip(rows, _unlikely(chances), strict=True):
+    places = [tuple(row[name] for name in _PLACE) for row in rows]
+    for row, found in zip(rows, _unlikely(places, chances), strict=True):
         row["findings"] = _findings(row, found)
     return _trends_frame(rows)
 
@@ -112,8 +120,8 @@ def corrected(latency: pd.DataFrame, trends: pd.DataFrame) -> pd.DataFrame:
     """The rows with `<timing>_corrected` for every timing: what the median worker in its mean state would have taken.
 
     value / ((1 + bias) * exp(slope * (t - mean time of the anchors))), t being the row's `started_at`, with bias and
-    slope of the anchor that the same run timed, on the same model, accelerator and data set; of several anchors, the
-    one with the most calls. Null where there is none, or none with that timing.
+    slope of the anchor that the row names and the same run timed, on the same model, accelerator and data set. Null
+    where there is none, or none with that timing.
 
     Only what is known is corrected, for anything else would add the noise of the anchors to every row of a worker. The
     bias counts where it exceeds its interval; a worker that may as well be like the others is left untouched. The slope
@@ -131,7 +139,7 @@ def corrected(latency: pd.DataFrame, trends: pd.DataFrame) -> pd.DataFrame:
     rows = _keyed(latency)
     at = _seconds(latency, "started_at").to_numpy()
     for timing in SUMMARISED:
-        lines = rows.merge(_lines(trends, timing), on=[*_PLACE, *_RUN], how="left")
+        lines = rows.merge(_lines(trends, timing), on=[*_ANCHOR, *_RUN], how="left")
         end = lines["last"].to_numpy()
         hours = (np.minimum(np.maximum(at, lines["first"].to_numpy()), end) - lines["mean"].to_numpy()) / 3600
         slopes = lines["slope"].to_numpy()
@@ -150,7 +158,7 @@ def findings_in_words(trends: pd.DataFrame) -> list[str]:
         trends: what `worker_trends` makes, or the table workers with the partition columns.
     """
     told: dict[Hashable, tuple[tuple[int, bool, float], str]] = {}
-    shares, workers = _shares(trends), _workers(trends)
+    shares, workers, runs = _shares(trends), _count(trends, _WHO), _count(trends, _RUN)
     names = [str(name) for name in trends.columns]
     for position, values in enumerate(trends.itertuples(index=False, name=None)):
         row = dict(zip(names, values, strict=True))
@@ -163,9 +171,10 @@ def findings_in_words(trends: pd.DataFrame) -> list[str]:
             if not whole and weight < WORTH_TELLING:
                 continue
             rank = (list(_WORDS).index(finding), not whole, -weight)
-            key = (row.get("accelerator"), row["worker"], _none_if_null(row["device_uuid"]), finding)
+            of_run = row["session_started_at"] if finding in ("slow", "fast") and workers[position] == 1 else None
+            key = (row.get("accelerator"), row["worker"], _none_if_null(row["device_uuid"]), of_run, finding)
             if key not in told or rank < told[key][0]:
-                told[key] = (rank, _WORDS[finding](row, workers[position]))
+                told[key] = (rank, _WORDS[finding](row, workers[position], runs[position]))
     return [line for _, line in sorted(told.values())]
 
 
@@ -176,6 +185,7 @@ def _valid(anchors: pd.DataFrame) -> pd.DataFrame:
     """The answers that count, with times in seconds, the anchor in words, and `run`, a number in order of time."""
     rows = _keyed(anchors)
     rows["anchor"] = _in_words(anchors)
+    rows["anchor_id"] = rows["anchor_id"].where(rows["anchor_id"].notna(), rows["anchor"])
     for name in (*_COUNTED, *_DEVICE):
         rows[name] = _column(anchors, name).to_numpy()
     rows["at"] = _seconds(anchors, "started_at").to_numpy()
@@ -190,7 +200,7 @@ def _valid(anchors: pd.DataFrame) -> pd.DataFrame:
 
 def _keyed(frame: pd.DataFrame) -> pd.DataFrame:
     """The columns that tell runs apart, of types that can be compared; null where the frame lacks one."""
-    keys = {name: _column(frame, name).astype(object).to_numpy() for name in (*_PLACE, "worker")}
+    keys = {name: _column(frame, name).astype(object).to_numpy() for name in (*_ANCHOR, "worker")}
     return pd.DataFrame(keys | {"session_started_at": _times(frame, "session_started_at").to_numpy()}).assign(
         session_started_at=lambda made: pd.to_datetime(made["session_started_at"], utc=True)
     )
@@ -262,7 +272,7 @@ def _hosts(environments: pd.DataFrame | None) -> dict[Any, Any]:
 
 def _run_columns(answers: pd.DataFrame, hosts: Mapping[Any, Any]) -> dict[str, Any]:
     """Who it was, by the first answer that says so."""
-    about = {name: next(iter(answers[name].dropna()), None) for name in ("worker", "session_started_at", *_DEVICE)}
+    about = {name: next(iter(answers[name].dropna()), None) for name in ("anchor", *_RUN, *_DEVICE)}
     return about | {"host": _none_if_null(hosts.get(about.pop("environment_id")))}
 
 
@@ -321,7 +331,7 @@ def _timing_rows(
     measured = [(about, calls[calls[timing].notna()], overhead) for about, calls, overhead in runs]
     measured = [of_run for of_run in measured if len(of_run[1])]
     fits = [_fit(calls["at"].to_numpy() / 3600, calls[timing].to_numpy()) for _, calls, _ in measured]
-    biases = _biases([about["worker"] for about, _, _ in measured], fits)
+    biases = _biases(_compared([about for about, _, _ in measured]), fits)
     found = []
     for (about, calls, overhead), fit, bias in zip(measured, fits, biases, strict=True):
         chance: dict[str, float] = {}
@@ -334,7 +344,8 @@ def _timing_rows(
             "anchor_ms": math.exp(fit.level),
             "spread": fit.spread,
         }
-        if fit.slope is not None and fit.slope_error is not None:
+        long_enough = calls["began"].max() - calls["began"].min() >= LEAST_DRIFT_SECONDS
+        if fit.slope is not None and fit.slope_error is not None and long_enough:
             columns |= _relative("drift_per_hour", fit.slope, fit.slope_error, fit.slope_freedom)
             chance["drift"] = _chance_of_t(fit.slope, fit.slope_error, fit.slope_freedom)
         if bias is not None:
@@ -349,7 +360,13 @@ def _timing_rows(
     return found
 
 
-def _biases(workers: list[Any], fits: list[_Fit]) -> list[tuple[float, float | None, int] | None]:
+def _compared(runs: list[dict[str, Any]]) -> list[Hashable]:
+    """Per run: which worker it counts to; if it is the same for all, the run itself."""
+    workers: list[Hashable] = [tuple(_none_if_null(about[name]) for name in _WHO) for about in runs]
+    return workers if len(set(workers)) > 1 else list(range(len(runs)))
+
+
+def _biases(workers: list[Hashable], fits: list[_Fit]) -> list[tuple[float, float | None, int] | None]:
     """Per run: distance of its level from the median of the workers, standard error (None: unknown) and freedom."""
     names = list(dict.fromkeys(workers))
     if len(names) < 2:
@@ -449,10 +466,15 @@ def _independent_pairs(ratios: pd.Series, median: float) -> float:
 # -- findings ---------------------------------------------------------------------------------------------------------
 
 
-def _unlikely(chances: list[dict[str, float]]) -> list[set[str]]:
-    """Per row: what is too unlikely to be chance, among all that is judged."""
-    judged = sum(len(chance) for chance in chances)
-    return [{name for name, p in chance.items() if p * judged <= CHANCE} for chance in chances]
+def _unlikely(places: list[tuple[Any, ...]], chances: list[dict[str, float]]) -> list[set[str]]:
+    """Per row: what is too unlikely to be chance, among all that is judged in its place."""
+    judged: Counter[tuple[Any, ...]] = Counter()
+    for place, chance in zip(places, chances, strict=True):
+        judged[place] += len(chance)
+    return [
+        {name for name, p in chance.items() if p * judged[place] <= CHANCE}
+        for place, chance in zip(places, chances, strict=True)
+    ]
 
 
 def _findings(row: Mapping[str, Any], unlikely: set[str]) -> list[str]:
@@ -472,22 +494,10 @@ def _findings(row: Mapping[str, Any], unlikely: set[str]) -> list[str]:
 
 
 def _chance_of_t(distance: float, error: float | None, freedom: int) -> float:
-    """Probability of a distance at least this large, either way, where there is none: of Student's t.
-
-    1 - A(t|freedom), the finite sums of Abramowitz and Stegun 26.7.3 and 26.7.4.
-    """
+    """Probability of a distance at least this large, either way, where there is none."""
     if not error:
         return 0.0 if distance else 1.0
-    angle = math.atan(abs(distance) / error / math.sqrt(freedom))
-    square = math.cos(angle) ** 2
-    odd = freedom % 2
-    term = math.cos(angle) if odd else 1.0
-    terms = 0.0
-    for k in range(1 + odd, freedom, 2):
-        terms += term
-        term *= square * k / (k + 1)
-    inside = math.sin(angle) * terms
-    return 1.0 - (2 / math.pi * (angle + inside) if odd else inside)
+    return student_t_chance(distance / error, freedom)
 
 
 def _trends_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
@@ -517,11 +527,8 @@ def _lines(trends: pd.DataFrame, timing: str) -> pd.DataFrame:
     lines["bias"] = np.log1p(np.where(np.abs(bias) > interval, bias, 0.0))
     drifts = np.array(["drift" in _list(found) for found in of_timing["findings"]], dtype=bool)
     lines["slope"] = np.log1p(np.where(drifts, _floats(of_timing, "drift_per_hour").to_numpy(), 0.0))
-    lines["calls"] = -_floats(of_timing, "num_anchors").to_numpy()
-    lines["anchor"] = of_timing["anchor"].astype(object).to_numpy()
-    # Null names nobody: rows without a worker or session are not each other's.
-    lines = lines.dropna(subset=[*_PLACE, *_RUN]).sort_values(["calls", "anchor"])
-    return lines.drop_duplicates([*_PLACE, *_RUN]).drop(columns=["calls", "anchor"])
+    # Null names nobody: rows without a worker, session or anchor are not each other's.
+    return lines.dropna(subset=[*_ANCHOR, *_RUN])
 
 
 # -- in words ---------------------------------------------------------------------------------------------------------
@@ -529,7 +536,7 @@ def _lines(trends: pd.DataFrame, timing: str) -> pd.DataFrame:
 
 def _shares(trends: pd.DataFrame) -> list[float]:
     """Per row: the share of its timing in the answer of the anchor; of tpot_ms that of decode_ms, which it makes up."""
-    keys = [*(name for name in _PLACE if name in trends), "anchor", *_RUN]
+    keys = [*(name for name in _ANCHOR if name in trends), *_RUN]
     of_run = trends.groupby(keys, sort=False, dropna=False).ngroup().tolist() if len(trends) else []
     timings, took = trends["timing"].tolist(), trends["anchor_ms"].tolist()
     known = {(run, timing): ms for run, timing, ms in zip(of_run, timings, took, strict=True)}
@@ -539,12 +546,13 @@ def _shares(trends: pd.DataFrame) -> list[float]:
     ]
 
 
-def _workers(trends: pd.DataFrame) -> list[int]:
-    """Per row: how many workers timed the same."""
-    keys = [*(name for name in _PLACE if name in trends), "anchor", "timing"]
+def _count(trends: pd.DataFrame, who: list[str]) -> list[int]:
+    """Per row: how many workers, or runs, timed the same."""
+    keys = [*(name for name in _ANCHOR if name in trends), "timing"]
     if trends.empty:
         return []
-    counts = trends.groupby(keys, sort=False, dropna=False)["worker"].transform("nunique")
+    of_whom = trends.groupby(who, sort=False, dropna=False).ngroup()
+    counts = of_whom.groupby([trends[key] for key in keys], sort=False, dropna=False).transform("nunique")
     return [int(count) for count in counts]
 
 
@@ -565,12 +573,15 @@ def _percent(change: float, interval: float) -> str:
     return shown if pd.isna(interval) else f"{shown} ± {100 * interval:.{digits}f}"
 
 
-def _slow_or_fast(row: Mapping[str, Any], workers: int) -> str:
-    than = f"{'slower' if row['bias'] > 0 else 'faster'} than the median of {workers} workers"
-    return f"{_who(row)} is {_percent(row['bias'], row['bias_ci95'])} {than} in {_where(row)}"
+def _slow_or_fast(row: Mapping[str, Any], workers: int, runs: int) -> str:
+    way, by = "slower" if row["bias"] > 0 else "faster", _percent(row["bias"], row["bias_ci95"])
+    if workers == 1:
+        since = f"{row['session_started_at']:%Y-%m-%d %H:%M}"
+        return f"{_who(row)} was {by} {way} from {since} on than in the median of its {runs} runs in {_where(row)}"
+    return f"{_who(row)} is {by} {way} than the median of {workers} workers in {_where(row)}"
 
 
-def _drifting(row: Mapping[str, Any], workers: int) -> str:
+def _drifting(row: Mapping[str, Any], workers: int, runs: int) -> str:
     drift = row["drift_per_hour"]
     way = "slower" if drift > 0 else "faster"
     hours = (row["last_at"] - row["first_at"]).total_seconds() / 3600
@@ -579,14 +590,14 @@ def _drifting(row: Mapping[str, Any], workers: int) -> str:
     return f"{_who(row)} became {change} {way} per hour, over {seen}, in {_where(row)}"
 
 
-def _unsteady(row: Mapping[str, Any], workers: int) -> str:
+def _unsteady(row: Mapping[str, Any], workers: int, runs: int) -> str:
     return (
         f"{_who(row)} is unsteady: {100 * row['spread']:.1f} % standard deviation from one anchor to the next in "
         f"{_where(row)}, more than {100 * MOST_SPREAD:g} %"
     )
 
 
-def _costly(row: Mapping[str, Any], workers: int) -> str:
+def _costly(row: Mapping[str, Any], workers: int, runs: int) -> str:
     cost = _percent(row["overhead"], row["overhead_ci95"])
     model = _none_if_null(row.get("model"))
     answer = f"a {row['anchor_ms']:.3g} ms answer" + ("" if model is None else f" of {model}")
