@@ -122,7 +122,7 @@ def prepared(vlm: VisionLanguageModel) -> list[PreparedSample]:
         image = Image.fromarray(np.random.default_rng(i).integers(0, 256, (336, 336, 3), dtype=np.uint8))
         inputs = vlm.transfer(vlm.preprocess([image], question, ONE_CROP))
         sample = Sample(SampleRef(f"bench:{i}", ""), question, (answer,), f"image {i}", b"", None)
-        made.append(PreparedSample(sample, image.height, image.width, inputs, vlm.encode_images(inputs.vision)))
+        made.append(PreparedSample(sample, [(image.height, image.width)], inputs, vlm.encode_images(inputs.vision)))
     return made
 
 

@@ -40,11 +40,12 @@ class Backlog:
         The same model first, and in it the same group: the worker keeps what it has loaded until nothing is left for
         it. Then tasks that only this kind of device can run, before those that any can; then the longest group.
         """
-        own = self._lines[accelerator]
-        candidates = [(line, group) for line in (own, self._lines[None]) for group in line]
+        own, loaded = self._lines[accelerator], None if last is None else _group(last)
+        # Nearly always; looking through all groups would take longer than a short task where there are many.
+        same = [] if loaded is None else [(line, loaded) for line in (own, self._lines[None]) if loaded in line]
+        candidates = same[:1] or [(line, group) for line in (own, self._lines[None]) for group in line]
         if not candidates:
             return None
-        loaded = None if last is None else _group(last)
 
         def preference(candidate: tuple[OrderedDict[Group, deque[Task]], Group]) -> tuple[bool, bool, bool, int]:
             line, group = candidate
@@ -63,9 +64,10 @@ class Backlog:
         line = self._lines[task.accelerator]
         for group in [group for group in line if group[0] == task.model]:
             queue = line.pop(group)
-            too_large = [waiting for waiting in queue if needs_as_much(waiting, task)]
-            taken += too_large
-            if left := deque(waiting for waiting in queue if waiting not in too_large):
+            left: deque[Task] = deque()
+            for waiting in queue:
+                (taken if needs_as_much(waiting, task) else left).append(waiting)
+            if left:
                 line[group] = left
         return taken
 

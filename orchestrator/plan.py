@@ -23,6 +23,7 @@ from workers.datasets import DatasetSource, SampleRef
 from workers.models import ModelCard
 from workers.tasks import (
     PROTOCOL_VERSION,
+    Anchor,
     Kind,
     Knobs,
     ModelSource,
@@ -320,7 +321,9 @@ def _combine(
     scored: Protocol | None,
     anchor: Knobs | None,
 ) -> tuple[Combination, list[Task]]:
-    combination_id = digest(combination_identity(model, knobs, dataset.source, timed, scored))
+    # Much the largest part of all identities here, so it is made once.
+    point = _point_identity(model, knobs, dataset.source)
+    combination_id = digest(_combination_identity(point, dataset.source, timed, scored))
 
     def task(kind: Kind, samples: tuple[SampleRef, ...], protocol: Protocol, kind_of_device: str | None) -> Task:
         return Task(
@@ -330,12 +333,14 @@ def _combine(
     latency: list[Task] = []
     if sweep.latency is not None and timed is not None:
         whole = task(Kind.LATENCY, dataset.samples[: sweep.latency.samples], timed, accelerator)
-        latency = [_identified(replace(whole, visit=visit, anchor=anchor)) for visit in range(timed.visits)]
+        yardstick = None if anchor is None else _anchor(whole, anchor)
+        visits = [replace(whole, visit=visit, anchor=yardstick) for visit in range(timed.visits)]
+        latency = [_identified(task, point) for task in visits]
     accuracy: list[Task] = []
     if scored is not None:
         starts = range(0, len(dataset.samples), SAMPLES_PER_ACCURACY_TASK)
         parts = [dataset.samples[begin : begin + SAMPLES_PER_ACCURACY_TASK] for begin in starts]
-        accuracy = [_identified(task(Kind.ACCURACY, part, scored, None)) for part in parts]
+        accuracy = [_identified(task(Kind.ACCURACY, part, scored, None), point) for part in parts]
     combination = Combination(
         combination_id,
         model,
@@ -380,8 +385,17 @@ def _scored_protocol(sweep: Sweep, dataset: PlannedDataset) -> Protocol | None:
     )
 
 
+def _anchor(task: Task, knobs: Knobs) -> Anchor:
+    about = {
+        "point": _point_identity(task.model, knobs, task.dataset),
+        "output_tokens": task.protocol.max_new_tokens,
+        "samples": [[ref.uid, ref.digest] for ref in task.samples],
+    }
+    return Anchor(digest(about), knobs)
+
+
 def anchor_of(points: Sequence[Knobs]) -> Knobs | None:
-    """The point that workers time again and again: the most blocks and experts of the grid, at its lowest vision level.
+    """The point that workers time again and again: the most blocks and experts of the grid, at its first vision level.
 
     All weights take part in it, and a grid that is extended upwards in vision keeps its anchor.
     """
@@ -402,8 +416,8 @@ def in_random_order(tasks: Sequence[Task], seed: int) -> list[Task]:
     return timed + [task for task in tasks if task.kind is not Kind.LATENCY]
 
 
-def _identified(task: Task) -> Task:
-    return replace(task, task_id=digest(task_identity(task)))
+def _identified(task: Task, point: Mapping[str, Any]) -> Task:
+    return replace(task, task_id=digest(_task_identity(task, point)))
 
 
 # -- identity ---------------------------------------------------------------------------------------------------------
@@ -412,10 +426,14 @@ def _identified(task: Task) -> Task:
 def task_identity(task: Task) -> dict[str, Any]:
     """Everything that decides the result of a task, and nothing else.
 
-    Not the place of a file, host, time or name of the sweep, nor the anchor that is timed besides; of the accelerator
+    Not the place of a file, host, time or name of the sweep, nor the anchor that is timed besides. Of the accelerator
     only what is timed depends. The order
     of the samples does count: it decides which of them share a batch, and with that the rounding of their answers.
     """
+    return _task_identity(task, _point_identity(task.model, task.knobs, task.dataset))
+
+
+def _task_identity(task: Task, point: Mapping[str, Any]) -> dict[str, Any]:
     columns = task.dataset.columns
     return {
         "protocol_version": PROTOCOL_VERSION,
@@ -428,7 +446,7 @@ def task_identity(task: Task) -> dict[str, Any]:
         "protocol": asdict(task.protocol),
         "visit": task.visit,
         **({"method": task.method, "candidates": task.candidates} if task.kind is Kind.IMPORTANCE else {}),
-        **_point_identity(task.model, task.knobs, task.dataset),
+        **point,
     }
 
 
@@ -440,12 +458,18 @@ def combination_identity(
     Not the samples: more of them are a better estimate of the same, and replace its row. Not the kind of device either:
     the same combination on two of them is compared by this id.
     """
+    return _combination_identity(_point_identity(model, knobs, dataset), dataset, timed, scored)
+
+
+def _combination_identity(
+    point: Mapping[str, Any], dataset: DatasetSource, timed: Protocol | None, scored: Protocol | None
+) -> dict[str, Any]:
     return {
         "protocol_version": PROTOCOL_VERSION,
         "prompt": dataset.prompt,
         "latency": None if timed is None else asdict(timed),
         "accuracy": None if scored is None else asdict(scored),
-        **_point_identity(model, knobs, dataset),
+        **point,
     }
 
 

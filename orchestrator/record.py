@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import socket
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from queue import Empty, Queue
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -14,7 +18,7 @@ from knobs.vision import VISION_AXES, VisionLayout, VisionSetting
 from orchestrator.analysis import aggregate, corrected, worker_trends
 from orchestrator.plan import Combination, Plan, Skip, digest
 from orchestrator.spec import Sweep
-from orchestrator.store import DamagedParts, Place, ResultStore
+from orchestrator.store import DamagedParts, Part, Place, ResultStore
 from workers.datasets import fingerprint
 from workers.schema import (
     PARTITIONS,
@@ -23,17 +27,24 @@ from workers.schema import (
     knob_columns,
     to_table,
 )
-from workers.tasks import Kind, Status, Task, TaskResult
+from workers.tasks import Kind, Status, Task
 
 if TYPE_CHECKING:
     from orchestrator.schedule import Outcome
 
 # Enough to tell the sample sets of a result folder apart, and short enough for a table.
 SAMPLES_DIGEST_DIGITS = 16
+# Outcomes that may wait to be written before the workers have to.
+MOST_WAITING = 64
+# Outcomes that are flushed to disk together.
+MOST_AT_ONCE = 32
 
 
 class Recorder:
     """Knows which tasks of a plan have ended, and keeps the result folder in step with them.
+
+    Attributes:
+        anchor_failures: rows of anchors that could not be timed, known after `compare_workers`.
 
     A part that turns out to be damaged when it is read leaves its task not ended: found by `catch_up`, this run does it
     again, found later, the next run of the same command does. The store warns of it.
@@ -53,6 +64,7 @@ class Recorder:
             for task_id in _tasks_of(combination):
                 self._combinations_of[task_id].append(combination)
         self._trends: pd.DataFrame | None = None
+        self.anchor_failures = pd.DataFrame()
         self._trends_made_from: dict[Place, str] = {}
         self.done = self._tasks.keys() & {task_id for kind in Kind for task_id in store.finished(kind)}
         self.failed = set() if retry_failed else {t for t in self._tasks.keys() - self.done if self._failed_before(t)}
@@ -65,6 +77,17 @@ class Recorder:
     def todo(self) -> list[Task]:
         """Tasks that have not ended, in the order of the plan."""
         return [t for t in self._plan.tasks if t.task_id not in self.done and t.task_id not in self.failed]
+
+    def note_run(self) -> None:
+        """Leave a note of this run, by which others see how far it is."""
+        self._store.note_run(
+            {
+                "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "task_ids": sorted(self._tasks),
+            }
+        )
 
     def catch_up(self) -> None:
         """Write what a killed run may have left out: skips, rows of finished tasks, rows of complete combinations."""
@@ -81,26 +104,90 @@ class Recorder:
             self._aggregate(combination)
 
     def commit(self, outcome: Outcome) -> None:
-        """Make an outcome durable. The rows come first: a task is done when its part is in place.
+        """Make an outcome durable, and the rows of combinations that are complete with it.
 
         Raises:
             StoreError: the folder cannot be written.
         """
+        for combination in self._commit([outcome]):
+            self._aggregate(combination)
+
+    def committed(self, outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
+        """Commit outcomes as they arrive, and hand each on when it is durable.
+
+        They are written beside the caller, who goes on giving tasks to workers meanwhile: what arrives while the disk
+        is busy is flushed together. Rows of combinations can be made again from their parts, so they wait until no
+        outcome does; all are there at the end. Nothing else may use the recorder or its store until then.
+
+        Raises:
+            StoreError: the folder cannot be written.
+        """
+        waiting: Queue[Outcome | None] = Queue(MOST_WAITING)
+        durable: deque[Outcome] = deque()
+        errors: list[Exception] = []
+        due: OrderedDict[tuple[str, str], Combination] = OrderedDict()
+
+        def write() -> None:
+            for batch in _batches(waiting, due):
+                if errors:
+                    continue  # the run is about to end, and whoever puts more must not have to wait
+                try:
+                    if batch:
+                        complete = self._commit(batch)
+                        due.update({(one.combination_id, one.accelerator): one for one in complete})
+                        durable.extend(batch)
+                    else:
+                        self._aggregate(due.popitem(last=False)[1])
+                except Exception as error:
+                    errors.append(error)
+                    due.clear()
+
+        writer = Thread(target=write, name="writer", daemon=True)
+        writer.start()
+        try:
+            for outcome in outcomes:
+                waiting.put(outcome)
+                while durable:
+                    yield durable.popleft()
+                if errors:
+                    break
+        finally:
+            # Also when the caller is interrupted: what workers have answered is not lost.
+            waiting.put(None)
+            writer.join()
+        yield from durable
+        if errors:
+            raise errors[0]
+        for combination in due.values():
+            self._aggregate(combination)
+
+    def _commit(self, outcomes: Sequence[Outcome]) -> list[Combination]:
+        """Make outcomes durable, and say which combinations are complete with them.
+
+        Of each outcome the rows come first: a task is done when its part is in place.
+        """
+        self._store.commit_all([part for outcome in outcomes for part in self._parts_of(outcome)])
+        for outcome in outcomes:
+            ended = self.done if outcome.result.status is Status.DONE else self.failed
+            ended.add(outcome.task.task_id)
+        touched = [one for outcome in outcomes for one in self._combinations_of[outcome.task.task_id]]
+        return [one for one in touched if all(t in self.done or t in self.failed for t in _tasks_of(one))]
+
+    def _parts_of(self, outcome: Outcome) -> Iterator[Part]:
         task, result = outcome.task, outcome.result
-        self._record_environment(result)
+        record = result.environment
+        if record is not None and self._store.stamp("environments", record["environment_id"]) is None:
+            yield Part("environments", None, record["environment_id"], to_table("environments", [record]))
         place = Place(task.model.name, outcome.accelerator, task.dataset.name)
         if result.anchors is not None:
-            self._store.commit("anchors", place, task.task_id, result.anchors, stamp=repr(result.started_at))
+            # A name of its own for every attempt: what was timed before a failure is not replaced by the next one.
+            name = digest([task.task_id, result.started_at])
+            yield Part("anchors", place, name, result.anchors, stamp=task.task_id)
         if result.status is Status.DONE:
             assert result.rows is not None
             # Measured again, a task has the same id but other numbers; when it was run tells the two apart.
-            self._store.commit(task.kind, place, task.task_id, result.rows, stamp=repr(result.started_at))
-            self.done.add(task.task_id)
-        else:
-            self.failed.add(task.task_id)
-        self._record_task(place, task, _task_row(outcome))
-        for combination in self._combinations_of[task.task_id]:
-            self._aggregate(combination)
+            yield Part(task.kind, place, task.task_id, result.rows, stamp=repr(result.started_at))
+        yield _task_part(place, task, _task_row(outcome))
 
     # -- combinations -----------------------------------------------------------------------------------------------
 
@@ -171,6 +258,7 @@ class Recorder:
                 "experts": model.experts,
                 "moe_renormalization": model.moe_renormalization,
                 "engine": model.engine,
+                "engine_asked": model.engine,
                 "schema_version": SCHEMA_VERSION,
             }
         )
@@ -191,7 +279,8 @@ class Recorder:
             correct: also write the times of all combinations anew, with what they are once that is taken out. It is
                 done at the end, because every anchor changes it a little.
         """
-        anchors = self._whole_rows("anchors", [task.task_id for task in self._plan.tasks])
+        anchors = self._whole_rows("anchors", sorted(self._store.finished("anchors")))
+        self.anchor_failures = anchors[anchors["status"] == Status.FAILED.value]
         environments = self._whole_rows("environments", anchors["environment_id"].dropna().unique())
         trends = worker_trends(anchors, environments)
         partition = [column.name for column in PARTITIONS]
@@ -211,13 +300,9 @@ class Recorder:
         return trends
 
     def _anchors_stamp(self, place: Place) -> str:
-        """Which anchors there are of this plan's tasks in a place."""
-        stamps = {
-            task.task_id: self._store.stamp("anchors", task.task_id, place)
-            for task in self._plan.tasks
-            if (task.model.name, task.dataset.name) == (place.model, place.dataset)
-        }
-        return digest({name: stamp for name, stamp in stamps.items() if stamp is not None})
+        """Which anchors there are in a place."""
+        names = sorted(self._store.finished("anchors"))
+        return digest([name for name in names if self._store.stamp("anchors", name, place) is not None])
 
     # -- tasks ------------------------------------------------------------------------------------------------------
 
@@ -232,17 +317,6 @@ class Recorder:
         """How a task ended, as its row says ('' if there is none), and how many of its rows failed."""
         status, _, failed_rows = (self._store.stamp("tasks", task_id) or "").partition(" ")
         return status, int(failed_rows or 0)
-
-    def _record_task(self, place: Place, task: Task, row: dict[str, Any]) -> None:
-        # How it ended is kept as the stamp too, so that neither a rerun nor a summary need open every part.
-        stamp = f"{row['status']} {row['num_failed_rows'] or 0}"
-        self._store.commit("tasks", place, task.task_id, to_table("tasks", [row]), stamp=stamp)
-
-    def _record_environment(self, result: TaskResult) -> None:
-        """What a worker runs in, once: rows name it."""
-        record = result.environment
-        if record is not None and self._store.stamp("environments", record["environment_id"]) is None:
-            self._store.commit("environments", None, record["environment_id"], to_table("environments", [record]))
 
     def _record_skip(self, skip: Skip) -> list[str]:
         """A row per kind of device and data set, unless it is there with the same reason; the names of all of them."""
@@ -273,7 +347,7 @@ class Recorder:
             "device_name": _first(rows["device_name"]),
             "started_at": rows["started_at"].min(),
         }
-        self._record_task(place, task, row)
+        self._store.commit_all([_task_part(place, task, row)])
 
     # -- what there is ----------------------------------------------------------------------------------------------
 
@@ -355,6 +429,32 @@ def _size(combination: Combination) -> tuple[int, int]:
 
 def _tasks_of(combination: Combination) -> tuple[str, ...]:
     return combination.latency_tasks + combination.accuracy_tasks
+
+
+def _batches(waiting: Queue[Outcome | None], due: Mapping[Any, Any]) -> Iterator[list[Outcome]]:
+    """What waits, up to a limit, until None comes; an empty batch where nothing waits and something is due."""
+    ended = False
+    while not ended:
+        batch: list[Outcome] = []
+        try:
+            outcome = waiting.get(block=not due)
+            while outcome is not None:
+                batch.append(outcome)
+                if len(batch) == MOST_AT_ONCE:
+                    break
+                outcome = waiting.get_nowait()
+            else:
+                ended = True
+        except Empty:
+            pass
+        if batch or not ended:
+            yield batch
+
+
+def _task_part(place: Place, task: Task, row: dict[str, Any]) -> Part:
+    # How it ended is kept as the stamp too, so that neither a rerun nor a summary need open every part.
+    stamp = f"{row['status']} {row['num_failed_rows'] or 0}"
+    return Part("tasks", place, task.task_id, to_table("tasks", [row]), stamp)
 
 
 def _identity_of(task: Task) -> dict[str, Any]:

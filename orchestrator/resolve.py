@@ -230,7 +230,9 @@ def _dataset(
         hub_id=entry.hub_id,
         config=entry.config,
         revision=entry.revision,
-        columns=entry.columns.model_dump(exclude_none=True) if entry.columns else None,
+        # A role that is set to null is taken from the preset's columns; one that is not set is left to them.
+        columns=entry.columns.model_dump(exclude_unset=True) if entry.columns else None,
+        images=entry.images.model_dump(exclude_none=True) if entry.images else None,
         metric=entry.metric,
         prompt=entry.prompt,
         base_folder=folder,

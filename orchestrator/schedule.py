@@ -120,8 +120,10 @@ class Scheduler:
                 return
             self._fill(backlog)
             heartbeat(self._state())
-            for slot in self._wait():
-                yield from self._collect(slot, backlog)
+            ended = [outcome for slot in self._wait() for outcome in self._collect(slot, backlog)]
+            # Whoever is free has its next task before the driver turns to what ended.
+            self._fill(backlog)
+            yield from ended
             for slot in self._slots:
                 if self._is_overdue(slot):
                     yield from self._stop(slot, backlog)

@@ -281,7 +281,9 @@ class Latency(Section):
     """How time is measured."""
 
     samples: CountInt = Field(64, description="Number of samples that are timed per combination.")
-    repeats: CountInt = Field(5, description="Most timed repeats per sample.")
+    repeats: CountInt = Field(
+        10, description="Most timed repeats per sample, over all visits; three per visit at least."
+    )
     visits: CountInt = Field(
         2,
         description="How many times each combination is come back to: its repeats are split over as many visits, each "

@@ -14,7 +14,7 @@ import pyarrow as pa
 from knobs.vision import VisionSetting
 from orchestrator.plan import PlannedDataset, digest, task_identity
 from workers.datasets import Columns, DatasetSource, SampleRef
-from workers.schema import STAGES, knob_columns, to_table
+from workers.schema import SCHEMA_VERSION, STAGES, knob_columns, to_table
 from workers.tasks import Kind, Knobs, ModelSource, Protocol, Task
 
 MODEL = ModelSource(
@@ -92,7 +92,7 @@ def row(of: Task, ref: SampleRef, **changes: Any) -> dict[str, Any]:
         "experts": of.model.experts,
         "engine": of.model.engine,
         "engine_note": None,
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         **knob_columns(of.knobs),
         "sample_id": ref.uid,
         "image_id": f"image of {ref.uid}",

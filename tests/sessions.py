@@ -62,6 +62,11 @@ def rows_of(session: Session, task: Task) -> list[dict[str, Any]]:
     return rows
 
 
+def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    times = ("started_at", "session_started_at")
+    return [{name: value for name, value in row.items() if name not in times} for row in rows]
+
+
 def failure(session: Session, task: Task) -> tuple[FailureKind | None, str]:
     result = session.run(task)
     assert result.status is Status.FAILED
@@ -97,3 +102,17 @@ def awkward_data(folder: Path) -> DatasetSource:
     return resolve_source(
         name="awkward", path=str(folder), metric="vqa_accuracy", columns={"id": "id"}, base_folder=folder
     )
+
+
+def two_images_data(folder: Path) -> DatasetSource:
+    """A question about two images of different aspect, and one about the first of them."""
+    for name, size in [("tall", (80, 40)), ("wide", (40, 100))]:
+        picture(*size).save(folder / f"{name}.png")
+    rows = [
+        {"id": "both", "images": ["tall.png", "wide.png"], "question": "Which is wider?", "answers": ["wide"] * 10},
+        {"id": "one", "images": ["tall.png"], "question": "Is it tall?", "answers": ["yes"] * 10},
+    ]
+    (folder / "questions.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    columns = {"id": "id", "image": "images"}
+    place = str(folder / "questions.jsonl")
+    return resolve_source(name="two", path=place, metric="vqa_accuracy", columns=columns, base_folder=folder)

@@ -151,3 +151,11 @@ def test_a_device_has_work_exactly_when_there_is_a_task_for_it(tasks: list[Task]
     assert len(backlog) == len(tasks)
     for kind in (*KINDS, "cpu"):
         assert backlog.has_work_for(kind) == any(one.accelerator in (kind, None) for one in tasks)
+
+
+def test_what_is_as_large_is_taken_once_and_the_others_keep_their_order() -> None:
+    waiting = [task(Kind.LATENCY, visit=visit, knobs=replace(KNOBS, moe_top_k=visit % 3 + 1)) for visit in range(3000)]
+    backlog = Backlog(waiting)
+    taken = backlog.take_as_large(waiting[1])
+    assert ids(taken) == ids([one for one in waiting if one.knobs.moe_top_k != 1])
+    assert ids(run_alone(backlog, "H100")) == ids([one for one in waiting if one.knobs.moe_top_k == 1])

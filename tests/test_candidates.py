@@ -48,7 +48,7 @@ def samples_of(vlm: VisionLanguageModel) -> list[PreparedSample]:
     return [
         PreparedSample(
             Sample(SampleRef(f"test:{i}", ""), "What is it?", (answer, answer, "else"), f"image {i}", b"", None),
-            *SIZES[i],
+            [SIZES[i]],
             inputs,
             features,
         )

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,16 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from workers.datasets import Columns, Dataset, DatasetSource, SampleRef, fingerprint, sample_order
+from workers.datasets import (
+    Columns,
+    Dataset,
+    DatasetSource,
+    ImageTable,
+    SampleRef,
+    fingerprint,
+    resolve_source,
+    sample_order,
+)
 from workers.errors import DatasetError, SampleError
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -104,7 +114,7 @@ def test_every_kind_gives_the_same_samples(kind: str, tmp_path: Path, monkeypatc
     sample = dataset.sample("set:test:q1")
     assert (sample.question, sample.answers) == ("Which colour 1?", ("green", "x"))
     assert sample.image_bytes == picture("green")
-    assert sample.image().getpixel((0, 0)) == (0, 128, 0)
+    assert sample.images()[0].getpixel((0, 0)) == (0, 128, 0)
     expected = Dataset.open(source(write_parquet(tmp_path / "other.parquet", rows())))
     assert dataset.select(None, 0) == expected.select(None, 0)
 
@@ -179,6 +189,191 @@ def test_image_folders_by_split(tmp_path: Path) -> None:
     assert len(Dataset.open(source(tmp_path))) == 3
     with pytest.raises(DatasetError, match=r"no split 'val' \(there is: test, train\)"):
         Dataset.open(source(tmp_path, split="val"))
+
+
+# --- Options, several images, several questions in a row, images elsewhere ---
+
+
+def choices(content: list[Row], **columns: Any) -> list[Row]:
+    return [row | {"answers": "1", "options": ["red", "green"]} | columns for row in content]
+
+
+def choosing(place: Path, metric: str = "multiple_choice", **columns: Any) -> Dataset:
+    chosen = Columns(id="id", options="options")
+    return Dataset.open(
+        source(place, columns=replace(chosen, **columns), metric=metric, prompt="{question}\n{options}")
+    )
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+@pytest.mark.parametrize("answer", ["1", 1, "B", "b", ["B"], 1.0])
+@pytest.mark.parametrize("stored", [["red", "green"], "['red', 'green']"])
+def test_answers_of_options_become_letters(kind: str, answer: object, stored: object, tmp_path: Path) -> None:
+    content = choices(rows(1), answers=answer, options=stored)
+    sample = choosing(write(kind, tmp_path, content)).sample("set:test:q0")
+    assert (sample.answers, sample.options) == (("B",), ("red", "green"))
+    assert sample.prompt == "Which colour 0?\nA. red\nB. green"
+
+
+def test_other_metrics_leave_answers_as_they_are(tmp_path: Path) -> None:
+    sample = choosing(write("parquet", tmp_path, choices(rows(1))), metric="exact_match").sample("set:test:q0")
+    assert (sample.answers, sample.options) == (("1",), ("red", "green"))
+
+
+def test_letters_without_a_column_of_options(tmp_path: Path) -> None:
+    place = write("parquet", tmp_path, [row | {"answers": "c"} for row in rows(1)])
+    sample = Dataset.open(source(place, metric="multiple_choice")).sample("set:test:q0")
+    assert (sample.answers, sample.options, sample.prompt) == (("C",), (), "Which colour 0?")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"options": None}, r"no options \(column 'options'\)"),
+        ({"options": []}, r"no options \(column 'options'\)"),
+        ({"options": ["red", ""]}, r"option B is missing \(column 'options'\)"),
+        ({"options": [str(i) for i in range(27)]}, r"27 options, more than there are letters"),
+        ({"answers": "2"}, r"the answer '2' is neither a letter nor an index from 0 of 2 options \(column 'answers'\)"),
+        ({"answers": "C"}, r"the answer 'C' is neither"),
+        ({"answers": "-1"}, r"the answer '-1' is neither"),
+        ({"answers": "green"}, r"the answer 'green' is neither"),
+        ({"answers": None}, r"0 answers in column 'answers', but multiple_choice needs at least 1"),
+    ],
+)
+def test_a_choice_that_cannot_be_read_fails_alone(changes: Row, message: str, tmp_path: Path) -> None:
+    content = choices(rows(2))
+    content[1] |= changes
+    dataset = choosing(write("parquet", tmp_path, content))
+    assert len(dataset.select(None, 0)) == 2
+    assert dataset.sample("set:test:q0").answers == ("B",)
+    with pytest.raises(SampleError, match=rf"set:test:q1: {message}"):
+        dataset.sample("set:test:q1")
+
+
+@pytest.mark.parametrize("stored", ["['red'", "[red, green]", "red", "['a'] * 9", "{'a': 1}"])
+def test_text_that_is_no_list_of_options(stored: str, tmp_path: Path) -> None:
+    dataset = choosing(write("parquet", tmp_path, choices(rows(1), options=stored)))
+    with pytest.raises(SampleError, match=r"q0: the options are no list: .* \(column 'options'\)"):
+        dataset.sample("set:test:q0")
+
+
+@pytest.mark.parametrize("typed", [False, True])
+def test_a_list_of_images(typed: bool, tmp_path: Path) -> None:
+    file = tmp_path / "rows.parquet"
+    pictures = [[picture("red"), picture("blue")], [picture("red")], [], None]
+    if typed:
+        feature = datasets.Features(
+            {
+                "id": datasets.Value("string"),
+                "image": datasets.List(datasets.Image()),
+                "question": datasets.Value("string"),
+            }
+            | {"answers": datasets.List(datasets.Value("string"))}
+        )
+        content = [
+            row | {"image": images and [{"bytes": image, "path": None} for image in images]}
+            for row, images in zip(rows(4), pictures, strict=True)
+        ]
+        datasets.Dataset.from_list(content, features=feature).to_parquet(file)
+    else:
+        content = [row | {"image": images} for row, images in zip(rows(4), pictures, strict=True)]
+        pq.write_table(pa.Table.from_pylist(content), file)
+    dataset = Dataset.open(source(file))
+    two, one = dataset.sample("set:test:q0"), dataset.sample("set:test:q1")
+    assert [image.getpixel((0, 0)) for image in two.images()] == [(255, 0, 0), (0, 0, 255)]
+    assert one.images()[0].getpixel((0, 0)) == (255, 0, 0)
+    assert one.image_id != two.image_id
+    for uid in ("set:test:q2", "set:test:q3"):
+        with pytest.raises(SampleError, match=r"no image \(column 'image'\)"):
+            dataset.sample(uid)
+
+
+def in_records(count: int = 2, **changes: Any) -> list[Row]:
+    """Rows of an image and two questions each."""
+    of_image = [{"q": "How many?", "a": 2, "key": "x"}, {"q": "Which colour?", "a": "red", "key": "y"}]
+    return [{"id": f"r{i}", "image": picture("red"), "asked": of_image} | changes for i in range(count)]
+
+
+RECORDS = Columns(question="q", answers="a", id="id", records="asked")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_questions_of_a_row_are_samples(kind: str, tmp_path: Path) -> None:
+    content = in_records()
+    if kind == "parquet":  # which has one type per column
+        content = [row | {"asked": [record | {"a": str(record["a"])} for record in row["asked"]]} for row in content]
+    dataset = Dataset.open(source(write(kind, tmp_path, content), columns=RECORDS))
+    refs = dataset.select(None, 0)
+    assert [ref.uid for ref in refs] == sample_order([f"set:test:r{i}.{k}" for i in range(2) for k in range(2)], 0)
+    assert dataset.select(3, 0) == refs[:3]
+    sample = dataset.sample("set:test:r1.1")
+    assert (sample.question, sample.answers) == ("Which colour?", ("red",))
+    assert dataset.sample("set:test:r1.0").answers == ("2",)
+
+
+def test_questions_with_an_id_of_their_own_keep_it_wherever_they_stand(tmp_path: Path) -> None:
+    content = [
+        row | {"asked": [{"q": "Why?", "a": "red", "key": f"{row['id']}{letter}"} for letter in "xy"]}
+        for row in in_records()
+    ]
+    keyed = replace(RECORDS, id="key")
+    dataset = Dataset.open(source(write("parquet", tmp_path, content), columns=keyed))
+    turned = [row | {"asked": row["asked"][::-1]} for row in content[::-1]]
+    again = Dataset.open(source(write("parquet", tmp_path / "turned", turned), columns=keyed))
+    assert dataset.select(None, 0) == again.select(None, 0)
+    assert {ref.uid for ref in dataset.select(None, 0)} == {
+        f"set:test:r{i}{letter}" for i in range(2) for letter in "xy"
+    }
+    with pytest.raises(DatasetError, match=r"rows 0 \(record 0\) and 0 \(record 1\) have the same id 'x'"):
+        Dataset.open(
+            source(
+                write("parquet", tmp_path / "twice", in_records(1, asked=[{"q": "?", "a": "b", "key": "x"}] * 2)),
+                columns=keyed,
+            )
+        )
+    with pytest.raises(DatasetError, match=r"row 0 \(record 0\) has no id \(column 'key'\)"):
+        Dataset.open(
+            source(
+                write("parquet", tmp_path / "none", in_records(1, asked=[{"q": "?", "a": "b", "key": None}])),
+                columns=keyed,
+            )
+        )
+
+
+def test_a_record_of_lists_is_a_list_of_records(tmp_path: Path) -> None:
+    asked = {"q": ["How many?", "Which colour?"], "a": ["2", "red"]}
+    dataset = Dataset.open(source(write("parquet", tmp_path, in_records(asked=asked)), columns=RECORDS))
+    assert dataset.sample("set:test:r0.1").answers == ("red",)
+
+
+def test_records_that_are_none(tmp_path: Path) -> None:
+    columns = replace(RECORDS, records="id")
+    with pytest.raises(DatasetError, match=r"column 'id' holds no lists of records; set columns.records"):
+        Dataset.open(source(write("parquet", tmp_path, in_records(asked=[{"q": "?", "a": "b"}])), columns=columns))
+    columns = replace(RECORDS, question="question")
+    with pytest.raises(DatasetError, match=r"no column 'question' \(there is: id, image, asked, a, q\); set columns.q"):
+        Dataset.open(source(tmp_path / "rows.parquet", columns=columns))
+
+
+def test_images_in_a_table_beside_the_questions(tmp_path: Path) -> None:
+    place = write("jsonl", tmp_path / "questions", [row | {"about": 7} for row in rows(2)])
+    images = write_parquet(tmp_path / "images.parquet", [{"key": "7", "image": picture("green")}])
+    columns = Columns(id="id", image_id="about")
+    table = ImageTable(path=str(images), id="key")
+    dataset = Dataset.open(source(place, columns=columns, images=table))
+    sample = dataset.sample("set:test:q0")
+    assert sample.images()[0].getpixel((0, 0)) == (0, 128, 0)  # not the file that the questions' own column names
+    assert sample.image_id == "7"
+
+
+def test_columns_that_the_prompt_names(tmp_path: Path) -> None:
+    content = [row | {"hint": hint} for row, hint in zip(rows(3), ["Look.", None, ["a", "b"]], strict=True)]
+    place = write("jsonl", tmp_path, content)
+    dataset = Dataset.open(source(place, prompt="{hint}\n{question}"))
+    prompts = [dataset.sample(f"set:test:q{i}").prompt for i in range(3)]
+    assert prompts == ["Look.\nWhich colour 0?", "Which colour 1?", "a, b\nWhich colour 2?"]
+    with pytest.raises(DatasetError, match=r"no column 'hnt', did you mean hint\?.*; set prompt$"):
+        Dataset.open(source(place, prompt="{hnt}\n{question}"))
 
 
 # --- The hub, replaced by a folder ---
@@ -290,13 +485,6 @@ def test_too_few_answers_for_the_metric(tmp_path: Path) -> None:
         Dataset.open(source(write("parquet", tmp_path, single), metric="vqa_accuracy"))
 
 
-def test_lists_of_images_are_refused(tmp_path: Path) -> None:
-    file = tmp_path / "rows.parquet"
-    pq.write_table(pa.Table.from_pylist([row | {"image": [row["image"]]} for row in rows()]), file)
-    with pytest.raises(DatasetError, match="column 'image' holds lists"):
-        Dataset.open(source(file))
-
-
 def test_relative_image_paths_of_several_folders_are_refused(tmp_path: Path) -> None:
     for part in ("a", "b"):
         write("jsonl", tmp_path / part, rows())
@@ -317,12 +505,12 @@ def test_an_unusable_row_fails_alone(kind: str, tmp_path: Path) -> None:
         (tmp_path / "pictures" / "q3.png").unlink()
     dataset = Dataset.open(source(place))
     assert len({ref.digest for ref in dataset.select(None, 0)}) == 4
-    assert dataset.sample("set:test:q0").image().size == (8, 6)
+    assert dataset.sample("set:test:q0").images()[0].size == (8, 6)
     with pytest.raises(SampleError, match=r"set:test:q1: 0 answers in column 'answers'"):
         dataset.sample("set:test:q1")
     truncated = dataset.sample("set:test:q2")
     with pytest.raises(SampleError, match=r"set:test:q2: the image cannot be decoded|set:test:q2: not an image"):
-        truncated.image()
+        truncated.images()[0]
     if kind != "parquet":
         with pytest.raises(SampleError, match=r"set:test:q3: cannot read image .*q3\.png \(No such file"):
             dataset.sample("set:test:q3")
@@ -380,6 +568,41 @@ def test_digest_follows_content_only(tmp_path: Path) -> None:
         assert changed["set:test:q1"] == original["set:test:q1"]
 
 
+def test_digest_follows_everything_the_model_is_shown(tmp_path: Path) -> None:
+    content = choices(rows(2), hint="Look.")
+
+    def digest(name: str, prompt: str = "{hint}\n{question}\n{options}", **changes: Any) -> str:
+        place = write("parquet", tmp_path / name, [content[0] | changes, content[1]])
+        columns = Columns(id="id", options="options")
+        opened = Dataset.open(source(place, columns=columns, metric="multiple_choice", prompt=prompt))
+        return opened.sample("set:test:q0").ref.digest
+
+    original = digest("a")
+    assert digest("same") == original
+    assert digest("b", options=["red", "blue"]) != original
+    assert digest("c", hint="Look again.") != original
+    assert digest("d", answers="0") != original
+    # What the prompt does not name is not shown.
+    unnamed = digest("e", prompt="{question}\n{options}")
+    assert digest("f", prompt="{question}\n{options}", hint="Look again.") == unnamed
+
+
+def test_digest_follows_every_image(tmp_path: Path) -> None:
+    def digest(name: str, *colours: str) -> str:
+        file = tmp_path / f"{name}.parquet"
+        pq.write_table(pa.Table.from_pylist([rows(1)[0] | {"image": [picture(colour) for colour in colours]}]), file)
+        return Dataset.open(source(file)).sample("set:test:q0").ref.digest
+
+    found = {digest("a", "red", "blue"), digest("b", "red", "green"), digest("c", "blue", "red"), digest("d", "red")}
+    assert len(found) == 4
+    assert digest("e", "red") == digests(write("parquet", tmp_path / "plain", rows(1)))["set:test:q0"]
+
+
+def test_digest_of_a_plain_sample_is_the_one_of_earlier_releases() -> None:
+    ref = Dataset.open(resolve_source(name="demo", base_folder=PROJECT)).sample("demo:test:scene_00_q1").ref
+    assert ref.digest == "5f42e04b7406dd57e3ca6ffaef7f7a93ccb70ffa0bf1e2f6b85c2d83d4fff15f"
+
+
 def test_a_missing_image_has_its_own_digest(tmp_path: Path) -> None:
     place = write("jsonl", tmp_path, rows())
     before = digests(place)
@@ -402,7 +625,7 @@ def test_reading_a_data_set_needs_no_torch(tmp_path: Path) -> None:
         "import sys, workers.datasets as d\n"
         "s = d.resolve_source(name='x', path=sys.argv[1], metric='exact_match', base_folder=d.Path('.'))\n"
         "data = d.Dataset.open(s)\n"
-        "data.sample(data.select(1, 0)[0].uid).image()\n"
+        "data.sample(data.select(1, 0)[0].uid).images()[0]\n"
         "assert 'torch' not in sys.modules\n"
     )
     environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(PROJECT)}

@@ -69,6 +69,6 @@ def test_demo_preset_opens_quickly_and_every_sample_decodes(demo_rows: list[Row]
     assert time.perf_counter() - started < 10  # seconds; well under one where nothing else runs
     refs = dataset.select(None, 0)
     assert len(refs) == len(demo_rows)
-    assert all(dataset.sample(ref.uid).image().mode == "RGB" for ref in refs)
-    upright = dataset.sample("demo:test:scene_08_q1").image()
+    assert all(dataset.sample(ref.uid).images()[0].mode == "RGB" for ref in refs)
+    upright = dataset.sample("demo:test:scene_08_q1").images()[0]
     assert upright.height > upright.width

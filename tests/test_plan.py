@@ -270,10 +270,10 @@ def test_batch_sizes_are_combinations_that_share_their_scores() -> None:
     assert not set(one.latency_tasks) & set(four.latency_tasks)
 
 
-def test_the_anchor_is_the_whole_model_at_the_lowest_vision_level_and_no_part_of_an_id() -> None:
+def test_the_anchor_is_the_whole_model_at_the_first_vision_level_and_no_part_of_an_id() -> None:
     spec = sweep("{longest_edge: [64, 32], moe_top_k: [1, 4], active_blocks: [3, 6]}", models="tiny-qwen3-vl-moe")
     anchors = {t.anchor for t in plan_of(spec).tasks if t.kind is Kind.LATENCY}
-    assert [(a.moe_top_k, len(a.active_blocks)) for a in anchors if a is not None] == [(4, 6)]
+    assert [(a.knobs.moe_top_k, len(a.knobs.active_blocks)) for a in anchors if a is not None] == [(4, 6)]
     by_id = {t.task_id: t for t in plan_of(spec).tasks}
     other = {
         t.task_id: t for t in plan_of(sweep("{moe_top_k: [1], active_blocks: [3]}", models="tiny-qwen3-vl-moe")).tasks
@@ -282,7 +282,7 @@ def test_the_anchor_is_the_whole_model_at_the_lowest_vision_level_and_no_part_of
     assert shared
     assert all(task.anchor != other[task.task_id].anchor for task in shared)
     dense = plan_of(sweep("{longest_edge: [64, 32], active_blocks: [3, 6]}"))
-    assert {t.anchor and t.anchor.vision.value for t in dense.tasks if t.kind is Kind.LATENCY} == {32}
+    assert {t.anchor and t.anchor.knobs.vision.value for t in dense.tasks if t.kind is Kind.LATENCY} == {32}
     assert {t.anchor for t in dense.tasks if t.kind is Kind.ACCURACY} == {None}
 
 
@@ -485,6 +485,7 @@ def test_nothing_that_travels_with_a_task_was_forgotten_by_the_tests_above() -> 
     }
     assert {field.name for field in fields(DatasetSource)} == {
         *("name", "split", "path", "hub_id", "config", "revision", "columns", "metric", "prompt"),
+        "images",  # where they are; what they are is in the samples' digests
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ import pytest
 from handmade import OF_COMBINATIONS, STARTED, planned_dataset, rows_of, timed_row
 
 from orchestrator.plan import SAMPLES_PER_ACCURACY_TASK, Plan, make_plan
-from orchestrator.record import Recorder
+from orchestrator.record import MOST_WAITING, Recorder
 from orchestrator.resolve import planned_models, resolve_models
 from orchestrator.schedule import Outcome
 from orchestrator.spec import Sweep, parse_sweep
@@ -247,6 +248,98 @@ def test_two_kinds_of_device_share_what_was_scored_and_have_a_row_each(start: An
     later: Run = start(sweep(knobs="{active_blocks: [6]}"), accelerators=["A100"])
     assert later.recorder.results()["accelerator"].tolist() == ["A100"]
     assert later.recorder.todo() == []
+
+
+# -- as they arrive ---------------------------------------------------------------------------------------------------
+
+
+def outcome(of: Task, value: float = 1.0, **changes: Any) -> Outcome:
+    rows = rows_of(of, value)
+    return Outcome(of, TaskResult(of.task_id, Status.DONE, rows, started_at=BEGIN, **changes), "H100", attempts=1)
+
+
+def in_place(run: Run, task: Task) -> bool:
+    return any(list((run.root / table).rglob(f"{task.task_id}.parquet")) for table in Kind)
+
+
+def test_what_is_committed_as_it_arrives_is_handed_on_when_it_is_in_place(start: Any) -> None:
+    run: Run = start()
+    tasks = run.recorder.todo()
+    handed_on = []
+    for done in run.recorder.committed(map(outcome, tasks)):
+        assert in_place(run, done.task)
+        handed_on.append(done.task)
+    assert handed_on == tasks
+    assert run.recorder.todo() == []
+    assert sorted(run.combinations()["num_active_blocks"]) == [3, 6]
+    assert set(stored(run.root, "tasks")["status"]) == {"done"}
+    files = written(run.root)
+    start()
+    assert written(run.root) == files, "nothing was left out"
+
+
+def test_rows_of_combinations_wait_for_outcomes_but_not_for_the_end(start: Any) -> None:
+    run: Run = start()
+    tasks = [task for task in run.recorder.todo() if len(task.knobs.active_blocks) == 6]
+    tasks += [task for task in run.recorder.todo() if task not in tasks]
+
+    def arriving() -> Iterator[Outcome]:
+        yield from map(outcome, tasks[:2])
+        for _ in range(200):
+            if not run.combinations().empty:
+                break
+            time.sleep(0.02)
+        assert run.combinations()["num_active_blocks"].tolist() == [6]
+        yield from map(outcome, tasks[2:])
+
+    assert len(list(run.recorder.committed(arriving()))) == 4
+    assert len(run.combinations()) == 2
+
+
+def test_a_folder_that_cannot_be_written_ends_the_run_however_much_arrives(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run: Run = start()
+    first, *others = run.recorder.todo()
+    commit_all = run.store.commit_all
+
+    def full(parts: Sequence[Any]) -> None:
+        if any(part.name == others[0].task_id for part in parts):
+            raise StoreError("no space; nothing committed is lost")
+        commit_all(parts)
+
+    monkeypatch.setattr(run.store, "commit_all", full)
+    monkeypatch.setattr("orchestrator.record.MOST_AT_ONCE", 1)
+    arriving = [outcome(first), *(outcome(others[0]) for _ in range(3 * MOST_WAITING))]
+    committed = run.recorder.committed(arriving)
+    assert next(committed).task == first
+    with pytest.raises(StoreError, match="no space"):
+        list(committed)
+    assert run.recorder.done == {first.task_id}
+
+
+def test_who_stops_listening_loses_nothing_that_had_arrived(start: Any) -> None:
+    run: Run = start()
+    tasks = run.recorder.todo()
+
+    def interrupted() -> Iterator[Outcome]:
+        yield from map(outcome, tasks[:3])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(run.recorder.committed(interrupted()))
+    assert run.recorder.done == {task.task_id for task in tasks[:3]}
+    after: Run = start()
+    assert after.recorder.todo() == tasks[3:]
+    after.all_done()
+    assert len(after.combinations()) == 2
+
+
+def test_an_environment_that_two_outcomes_bring_at_once_is_one_row(start: Any) -> None:
+    run: Run = start()
+    run.recorder._commit([outcome(task, environment={"environment_id": "e"}) for task in run.recorder.todo()])
+    assert stored(run.root, "environments")["environment_id"].tolist() == ["e"]
+    assert run.recorder.todo() == []
 
 
 # -- failures ---------------------------------------------------------------------------------------------------------
@@ -649,12 +742,13 @@ def test_recording_warns_of_nothing(start: Any) -> None:
 def anchor_rows(of: Task, worker: str, calls: Sequence[int], slower: float, total_ms: float = 60.0) -> pa.Table:
     """Pairs of the anchor, ten minutes from call to call; `slower` is how much slower this worker is."""
     assert of.anchor is not None
-    of = replace(of, knobs=of.anchor)
+    of_anchor = {"anchor_id": of.anchor.anchor_id}
+    of = replace(of, knobs=of.anchor.knobs)
     rows = []
     for call in calls:
         for pair in range(2):
             wobble = 1 + 0.001 * ((3 * call + pair) % 5 - 2)
-            of_row = {"visit": call, "pair": pair, "worker": worker, "session_started_at": STARTED}
+            of_row = of_anchor | {"visit": call, "pair": pair, "worker": worker, "session_started_at": STARTED}
             when = {"started_at": STARTED + timedelta(minutes=10 * call)}
             marked = timed_row(of, of.samples[0], pair, total_ms * slower * wobble)
             rows.append(marked | of_row | when | {"marked": True})
@@ -669,7 +763,10 @@ def run_with_a_slow_worker(start: Any) -> Run:
     timed = [task for task in run.plan.tasks if task.kind is Kind.LATENCY]
     for number, task in enumerate(timed):
         worker, slower = (("h100-0", 1.0), ("h100-1", 1.0), ("h100-2", 1.1))[number % 3]
-        about = {"worker": worker, "session_started_at": STARTED, "started_at": STARTED + timedelta(minutes=5 * number)}
+        about: dict[str, Any] = {"worker": worker, "session_started_at": STARTED}
+        about["started_at"] = STARTED + timedelta(minutes=5 * number)
+        assert task.anchor is not None
+        about["anchor_id"] = task.anchor.anchor_id
         rows = [timed_row(task, ref, task.visit, 60.0 * slower) | about for ref in task.samples]
         result = TaskResult(
             task.task_id,

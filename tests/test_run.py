@@ -212,7 +212,7 @@ def test_a_model_that_cannot_be_loaded_fails_its_tasks_at_once_and_others_are_me
         (("repeats: 2", "max_relative_error: 2"), "latency.max_relative_error: must be a number between 0 and 1"),
         (
             ("latency:", "hardware: [{accelerator: H100}]\nlatency:"),
-            "the sweep asks for H100 (sweep.yaml:8), but the cluster has: 2 CPU cores",
+            "the sweep asks for H100 (sweep.yaml:8), but the cluster has: 2 CPU cores; --wait MINUTES waits for more",
         ),
     ],
 )

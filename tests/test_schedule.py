@@ -175,6 +175,13 @@ def test_workers_stay_for_the_tasks_that_come_next(connected: None) -> None:
     assert slot.actor is None
 
 
+def test_a_worker_has_its_next_task_before_the_driver_turns_to_what_ended(connected: None) -> None:
+    with Scheduler(ONE, lambda: False) as scheduler:
+        (slot,) = scheduler._slots
+        waiting = [len(slot.given) for _ in scheduler.run(tasks("a", "b", "c", "d"))]
+    assert waiting == [2, 2, 1, 0]
+
+
 def test_out_of_memory_counts_from_a_worker_that_has_run_nothing_else(connected: None) -> None:
     """What earlier tasks leave behind is gone with their process; the next task finds a worker that is used again."""
     outcomes = run(ONE, *tasks("a", "b", "tight", "c"))

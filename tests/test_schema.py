@@ -74,7 +74,8 @@ VISION = [
     "aspect_mismatch_p99",
     "prompt_tokens_mean",
 ]
-ACCURACY = ["accuracy", "accuracy_se", "metric", "num_samples", "num_failed", "output_tokens_mean"]
+ACCURACY = ["accuracy", "accuracy_se", "accuracy_low", "accuracy_high"]
+ACCURACY += ["metric", "num_samples", "num_failed", "output_tokens_mean"]
 TIMES = ["preprocess_ms", "vision_ms", "projector_ms", "prefill_ms", "decode_ms", "tpot_ms", "ttft_ms", "total_ms"]
 CORRECTED = ["corrected_mean", "corrected_p50"]
 STATISTICS = ["mean", "std", "p50", "p90", "p95", "p99", "ci95"]
@@ -83,6 +84,7 @@ LATENCY += [f"{name}_{statistic}" for name in TIMES for statistic in CORRECTED]
 LATENCY += ["num_timed", "num_invalid", "residual_fraction", "visit_spread"]
 MEASURED = [
     "prompt",
+    "engine_asked",
     "timed_output_tokens",
     "timed_repeats",
     "timed_visits",

@@ -6,21 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.scorers import (
-    CONTRACTIONS,
-    SCORERS,
-    Scorer,
+from workers.scorers import SCORERS, Scorer, scorer
+from workers.scoring.annotators import CONTRACTIONS, leave_one_out, normalize_evalai, normalize_vqa
+from workers.scoring.captions import cider, cider_of_tokens, tokens_of
+from workers.scoring.choices import multiple_choice, multiple_choice_or_open, open_answer, parse_choice
+from workers.scoring.short_answers import (
     anls,
     counting,
     exact_match,
-    leave_one_out,
     levenshtein,
-    normalize_evalai,
-    normalize_vqa,
     parse_count,
     parse_yes_no,
     relaxed_accuracy,
-    scorer,
     yes_no,
 )
 
@@ -284,12 +281,201 @@ def test_yes_no_counts_an_unclear_answer_as_wrong() -> None:
     assert scores == [1.0, 0.0, 0.0, 1.0, 0.0, 1.0]
 
 
+# --- Multiple choice ---
+
+OPTIONS = ("the red apple", "the green pear", "the banana", "the plum")
+
+
+@pytest.mark.parametrize(
+    ("response", "letter"),
+    [
+        # The table of published parsers: what each makes of these is in their code, ours is meant to be right.
+        ("B", "B"),
+        ("b", "B"),
+        ("B. the green pear", "B"),
+        ("(B)", "B"),
+        ("B)", "B"),
+        ("**B**", "B"),
+        ("\\boxed{B}", "B"),
+        ("The answer is B.", "B"),
+        ("Answer: B", "B"),
+        ("A or B", None),
+        ("A dog is shown, so B", "B"),
+        ("DNA", None),
+        ("the green pear", "B"),
+        ("B\nExplanation: (A) is not", "B"),
+        ("I don't know", None),
+        ("", None),
+        ("B: pear", "B"),
+        ("(A) is wrong, (B) is right", "B"),
+        ("It is A", "A"),
+        ("The correct option is (C) because A fails", "C"),
+        ("E", None),
+        # Further ones.
+        ("[d]", "D"),
+        ("The answer is: (D)", "D"),
+        ("The answer is **C**.", "C"),
+        ("$\\boxed{\\text{C}}$", "C"),
+        ("**B. the green pear**", "B"),
+        ("The answer is A because of its colour", "A"),
+        ("The answer is A dog", None),
+        ("A is right", "A"),
+        ("(A) or (C)", None),
+        ("The Green Pear.", "B"),
+        ("I see the green pear here", "B"),
+        ("the green pear and the plum", None),
+        ("Neither of them", None),
+        ("Option C", "C"),
+        ("A's", None),
+        ("answer: E", None),
+    ],
+)
+def test_choice_parsing(response: str, letter: str | None) -> None:
+    assert parse_choice(response, OPTIONS) == letter
+    assert multiple_choice(response, ["B"], OPTIONS) == float(letter == "B")
+
+
+def test_an_answer_that_is_the_text_of_an_option_means_it_whatever_letters_it_holds() -> None:
+    assert parse_choice("Vitamin C", ("Vitamin C", "Vitamin D", "iron")) == "A"
+    assert parse_choice("yes", ("yes", "yes")) is None
+
+
+def test_choices_without_options_are_letters_alone() -> None:
+    assert parse_choice("(F)") == "F"
+    assert parse_choice("I don't think so") is None
+    assert parse_choice("the green pear") is None
+
+
+def test_an_unclear_choice_is_wrong_every_time() -> None:
+    assert {multiple_choice("I cannot say", [letter], OPTIONS) for letter in "ABCD" for _ in range(20)} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold", "expected"),
+    [
+        ("The answer is 12.", "12", 1.0),
+        ("x = 12", "12", 1.0),
+        ("1,200", "1200", 1.0),
+        ("12.001", "12", 1.0),
+        ("12.01", "12", 0.0),
+        ("-5", "5", 0.0),
+        ("blueish", "blue", 1.0),
+        ("3/4", "0.75", 0.0),
+        ("50%", "50", 1.0),
+        ("5 or 6", "5", 1.0),
+        ("3.14159", "3.14", 1.0),
+        # What the published code gets wrong: sentences, and key words inside others.
+        ("The sum is 12. That is all", "12", 1.0),
+        ("It is clear that the sum is 12. However this holds", "12", 1.0),
+        ("the answer is blue in this picture", "blue", 1.0),
+        ("banana", "a", 0.0),
+        ("Clearly a", "a", 1.0),
+        ("1e3", "1000", 1.0),
+        ("nan", "12", 0.0),
+        ("", "12", 0.0),
+    ],
+)
+def test_open_answers(prediction: str, gold: str, expected: float) -> None:
+    assert open_answer(prediction, [gold]) == expected
+    assert open_answer(prediction, ["something else", gold]) == expected
+
+
+def test_open_questions_are_those_without_options() -> None:
+    assert multiple_choice_or_open("It is B", ["B"], OPTIONS) == 1.0
+    assert multiple_choice_or_open("about 12 metres", ["12"]) == 1.0
+    assert multiple_choice_or_open("about 12 metres", ["B"], OPTIONS) == 0.0
+
+
+# --- Captions ---
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("A dog's bowl.", "a dog 's bowl"),
+        ("isn't", "is n't"),
+        ("can't", "ca n't"),
+        ("cannot", "can not"),
+        ("$5.00", "$ 5.00"),
+        ("50%", "50 %"),
+        ("black-and-white", "black-and-white"),
+        ("9:30 am", "9:30 am"),
+        ("1,000", "1,000"),
+        ("the U.S. flag", "the u.s. flag"),
+        ("(left)", "-lrb- left -rrb-"),
+        ('A "stop" sign; red, white -- and blue: big...', "a stop sign red white and blue big"),
+        ("a 2-story house\n at 5 o’clock", "a 2-story house at 5 o'clock"),
+        ("", ""),
+    ],
+)
+def test_caption_tokens(text: str, tokens: str) -> None:
+    assert tokens_of(text) == tokens.split()
+
+
+SIX_WORDS = ("a man riding a big horse", "two cats on the red mat")
+
+
+@pytest.mark.parametrize(
+    ("predictions", "references", "expected"),
+    [
+        (  # published in the README of aac-metrics
+            ["a man is speaking", "rain falls"],
+            [
+                ["a man speaks", "someone speaks", "a man is speaking while a bird is chirping in the background"],
+                ["rain is falling hard on a surface"],
+            ],
+            [1.3641, 0.5587],
+        ),
+        ([*SIX_WORDS], [[SIX_WORDS[0]], [SIX_WORDS[1]]], [10, 10]),
+        ([*SIX_WORDS], [[SIX_WORDS[1]], [SIX_WORDS[0]]], [0, 0]),
+        ([SIX_WORDS[0]], [[SIX_WORDS[0]]], [0]),  # ln 1 = 0
+        (["cat", "dog"], [["cat"], ["dog"]], [2.5, 2.5]),  # one order of four exists
+        (["", "dogs run"], [["a cat sits"], ["dogs run"]], [0, 5]),
+        (["a cat a cat a cat a cat", "dogs run"], [["a cat"], ["dogs run"]], [0.6823, 5]),
+        (["the", "the"], [["the"], ["the"]], [0, 0]),
+        (
+            ["a man riding a horse", "a plate of food", "a bus"],
+            [
+                ["a man rides a horse", "a man riding a brown horse"],
+                ["a plate with food on it", "food on a plate"],
+                ["a red bus on the street", "a bus parked on a street"],
+            ],
+            [4.5679, 2.4580, 1.5495],
+        ),
+    ],
+)
+def test_cider_of_pycocoevalcap(predictions: list[str], references: list[list[str]], expected: list[float]) -> None:
+    split = [[reference.split() for reference in of_image] for of_image in references]
+    assert cider_of_tokens([text.split() for text in predictions], split) == pytest.approx(expected, abs=5e-5)
+    assert cider(predictions, references) == pytest.approx(expected, abs=5e-5)
+
+
+def test_published_cider_of_the_pix2struct_pairs() -> None:
+    terms = cider([prediction for prediction, _, _ in PIX2STRUCT_PAIRS], [[gold] for _, gold, _ in PIX2STRUCT_PAIRS])
+    assert sum(terms) / len(terms) == pytest.approx(1.2861, abs=5e-5)
+
+
+def test_cider_needs_references_and_as_many_images_as_captions() -> None:
+    assert cider([], []) == []
+    with pytest.raises(ValueError, match="no answers"):
+        cider(["a cat"], [[]])
+    with pytest.raises(ValueError, match="argument 2"):
+        cider(["a cat"], [["a cat"], ["a dog"]])
+
+
 # --- The contract every scorer keeps; a new entry of SCORERS is covered without a new test ---
 
-# Right and wrong for every metric: as text, as a count (0 and 1) and as yes or no.
+# Right and wrong for every metric: as text, as a count (0 and 1) and as yes or no; for multiple choice as a letter.
 RIGHT, WRONG = "no dogs", "yes, 1"
 
-each_scorer = pytest.mark.parametrize("candidate", SCORERS.values(), ids=list(SCORERS))
+each_scorer = pytest.mark.parametrize(
+    "candidate", [c for c in SCORERS.values() if c.rule], ids=[name for name, c in SCORERS.items() if c.rule]
+)
+
+
+def right_and_wrong(candidate: Scorer) -> tuple[str, str, list[str]]:
+    """A right and a wrong prediction, and the options."""
+    return (RIGHT, WRONG, []) if candidate.choices == "none" else ("b", "(C)", list(OPTIONS))
 
 
 @each_scorer
@@ -305,10 +491,11 @@ def test_score_is_bounded_and_ignores_answer_order(
 
 @each_scorer
 def test_right_wrong_and_empty_predictions(candidate: Scorer) -> None:
-    assert candidate.score(RIGHT, [RIGHT] * 10) == 1.0
-    assert candidate.score(WRONG, [RIGHT] * 10) == 0.0
-    assert candidate.score(" \n", [RIGHT] * 10) == 0.0
-    assert candidate.score(RIGHT, [RIGHT] * candidate.minimum_answers) > 0.0
+    right, wrong, options = right_and_wrong(candidate)
+    assert candidate.score(right, [right] * 10, options) == candidate.row_score(right, [right] * 10, options) == 1.0
+    assert candidate.score(wrong, [right] * 10, options) == 0.0
+    assert candidate.score(" \n", [right] * 10, options) == 0.0
+    assert candidate.score(right, [right] * candidate.minimum_answers, options) > 0.0
 
 
 @each_scorer
@@ -320,6 +507,15 @@ def test_no_answers_is_an_error(candidate: Scorer) -> None:
 def test_stored_names_say_the_variant_and_are_unique() -> None:
     assert len({candidate.name for candidate in SCORERS.values()}) == len(SCORERS)
     assert scorer("vqa_accuracy").name == "vqa_accuracy/loo-always"
+
+
+def test_a_metric_of_the_corpus_alone_scores_no_single_answer() -> None:
+    (alone,) = (candidate for candidate in SCORERS.values() if candidate.rule is None)
+    assert alone is SCORERS["cider"]
+    assert alone.of_corpus
+    assert alone.row_score("a cat", ["a cat"]) is None
+    with pytest.raises(ValueError, match="cider/d-ptb-like-1 has no score of a single answer"):
+        alone.score("a cat", ["a cat"])
 
 
 def test_unknown_metric_names_the_nearest() -> None:

@@ -28,6 +28,7 @@ from sessions import (
     model_of,
     rows_of,
     task_for,
+    two_images_data,
 )
 from tiny import TINY, picture
 
@@ -37,8 +38,6 @@ from orchestrator.analysis import aggregate
 from workers.datasets import Dataset, DatasetSource
 from workers.errors import DatasetError, DeviceError, ModelError, RowMismatch, SampleError
 from workers.models import describe, loading
-from workers.models.adapter import VisionLanguageModel
-from workers.prepared import PreparedSamples
 from workers.probes import Device, accelerator_kind, cpu_name, current_device
 from workers.session import Session, _failure_kind
 from workers.tasks import FailureKind, Kind, ModelSource, Protocol
@@ -137,7 +136,7 @@ def test_an_answer_that_ends_by_itself(session: Session, sources: dict[str, Mode
     free = rows_of(session, task)
     vlm = model_of(session)
     sample = Dataset.open(task.dataset).sample(free[0]["sample_id"])
-    inputs = vlm.preprocess([sample.image()], task.dataset.prompt_for(sample.question), VisionSetting())
+    inputs = vlm.preprocess([sample.images()[0]], task.dataset.prompt_for(sample.question), VisionSetting())
     second = vlm.answer([(inputs, vlm.encode_images(inputs.vision))], 2)[0][1]
     vlm.model.generation_config.eos_token_id = second
     ended = rows_of(session, task)[0]
@@ -574,93 +573,30 @@ def test_the_result_says_who_ran_it_and_when(session: Session, sources: dict[str
         assert 0 < result.started_at <= result.finished_at
 
 
-# -- images are encoded once per vision setting ---------------------------------------------------------------------
-
-
-def encodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one whenever a vision tower runs."""
-    passes: list[int] = []
-    encode = VisionLanguageModel.encode_images
-
-    def counted(self: VisionLanguageModel, *arguments: Any, **options: Any) -> Any:
-        passes.append(1)
-        return encode(self, *arguments, **options)
-
-    monkeypatch.setattr(VisionLanguageModel, "encode_images", counted)
-    return passes
-
-
-def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    times = ("started_at", "session_started_at")
-    return [{name: value for name, value in row.items() if name not in times} for row in rows]
-
-
+@pytest.mark.parametrize("kind", OF_COMBINATIONS)
 @pytest.mark.parametrize("name", TINY)
-def test_an_image_is_encoded_once_for_all_depths_and_widths_and_nothing_changes(
-    sources: dict[str, ModelSource], session: Session, monkeypatch: pytest.MonkeyPatch, name: str
+def test_a_question_about_several_images(
+    session: Session, sources: dict[str, ModelSource], tmp_path: Path, name: str, kind: Kind
 ) -> None:
-    card = describe(sources[name].place)
-    points: list[dict[str, Any]] = [{"active_blocks": kept} for kept in ((0, 1, 2, 3, 4, 5), (0, 2, 4), (1, 5))]
-    if card.num_experts is not None:
-        points += [{"moe_top_k": 1}, {"moe_top_k": 2}]
-    tasks = [task_for(sources[name], **point) for point in points]
-    alone = [without_times(rows_of(Session("worker-1", torch.device("cpu")), task)) for task in tasks]
-    passes = encodings(monkeypatch)
-    assert [without_times(rows_of(session, task)) for task in tasks] == alone
-    assert len(passes) == len({row["image_id"] for row in alone[0]}), "however many combinations"
-
-
-@pytest.mark.parametrize("name", TINY)
-def test_questions_about_one_image_share_its_features_and_answers_stay_the_same(
-    sources: dict[str, ModelSource], session: Session, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    task = task_for(sources[name], samples=40)
-    images = {row["image_id"] for row in rows_of(Session("worker-1", torch.device("cpu")), task)}
-    assert len(images) < 40
-    alone = [
-        row
-        for ref in task.samples[:6]
-        for row in rows_of(Session("worker-1", torch.device("cpu")), replace(task, samples=(ref,)))
-    ]
-    passes = encodings(monkeypatch)
-    together = rows_of(session, task)
-    assert len(passes) == len(images)
-    assert without_times(together)[:6] == without_times(alone)
-
-
-def test_another_vision_setting_or_model_is_encoded_anew(
-    sources: dict[str, ModelSource], session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    passes = encodings(monkeypatch)
-    for edge in (32, 64):
-        rows = rows_of(session, task_for(sources["tiny-smolvlm"], vision=VisionSetting("longest_edge", edge)))
-    images = len({row["image_id"] for row in rows})
-    assert len(passes) == 2 * images
-    rows_of(session, task_for(sources["tiny-internvl"]))
-    assert len(passes) == 3 * images
-
-
-def test_what_is_kept_stays_within_its_bound_and_the_rest_is_made_again(
-    sources: dict[str, ModelSource], session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    task = task_for(sources["tiny-smolvlm"], samples=24)
-    expected = without_times(rows_of(session, task))
-    images = len({row["image_id"] for row in expected})
-    everything = session._prepared.num_bytes
-    assert everything > 0
-    session._prepared = PreparedSamples(max_bytes=everything // 10)
-    passes = encodings(monkeypatch)
-    for _ in range(2):
-        assert without_times(rows_of(session, task)) == expected
-        assert 0 < session._prepared.num_bytes <= everything // 10
-    assert images < len(passes) < 2 * 24, "some are found again although ten times as many passed by"
-
-
-def test_a_timed_answer_never_uses_what_is_kept(
-    sources: dict[str, ModelSource], session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows_of(session, task_for(sources["tiny-smolvlm"]))
-    passes = encodings(monkeypatch)
-    rows_of(session, task_for(sources["tiny-smolvlm"], Kind.LATENCY, samples=2))
-    counted = 2  # samples on which operations are counted, once
-    assert len(passes) == 2 * (TIMED.repeats + TIMED.warmup) + counted
+    """Crops and tokens are sums over the images, and batches may hold prompts with one and with two."""
+    data = two_images_data(tmp_path)
+    protocol = replace(TIMED, batch_size=2) if kind is Kind.LATENCY else None
+    rows = rows_of(session, task_for(sources[name], kind, data=data, samples=2, protocol=protocol))
+    found = {row["sample_id"].split(":")[-1]: row for row in rows}
+    both, one = found["both"], found["one"]
+    assert (both["num_images"], one["num_images"]) == (2, 1)
+    assert both["status"] == one["status"] == "done"
+    for row in (both, one):
+        assert row["actual_vision_tokens"] == row["predicted_vision_tokens"] > 0
+        assert (row["selected_tiling"] is None) == (row is both)
+        assert (row["image_height"], row["image_width"]) == (80, 40)
+    for column in ("selected_crops", "tower_passes", "predicted_vision_tokens", "special_tokens"):
+        assert both[column] > one[column], column
+    assert both["valid"]
+    if kind is Kind.ACCURACY:
+        alone = [
+            row
+            for ref in task_for(sources[name], kind, data=data, samples=2).samples
+            for row in rows_of(session, replace(task_for(sources[name], kind, data=data, samples=2), samples=(ref,)))
+        ]
+        assert {row["sample_id"]: row["prediction"] for row in alone} == {r["sample_id"]: r["prediction"] for r in rows}

@@ -1,76 +1,14 @@
 """A sweep's data set entry becomes a complete source, or one line that says what is missing and what there is."""
 
-import io
 import pickle
 from pathlib import Path
 from typing import Any
 
-import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
-from workers.datasets import Columns, Dataset, DatasetSource, presets, resolve_source
+from workers.datasets import Columns, DatasetSource, ImageTable, presets, resolve_source
 from workers.errors import DatasetError
-from workers.scorers import SCORERS, scorer
-
-# For every hub preset the columns its rows have, with their types, and one row besides its image.
-TEXT, TEXTS = pa.string(), pa.list_(pa.string())
-VQA_ANSWERS = pa.list_(pa.struct({"answer": TEXT, "answer_confidence": TEXT, "answer_id": pa.int64()}))
-HUB_ROWS: dict[str, dict[str, tuple[pa.DataType, Any]]] = {
-    "vqa_v2": {
-        "question_type": (TEXT, "what color is the"),
-        "multiple_choice_answer": (TEXT, "red"),
-        "answers": (VQA_ANSWERS, [{"answer": "red", "answer_confidence": "yes", "answer_id": i} for i in range(1, 11)]),
-        "image_id": (pa.int64(), 262148),
-        "answer_type": (TEXT, "other"),
-        "question_id": (pa.int64(), 262148000),
-        "question": (TEXT, "What color is the car?"),
-    },
-    "textvqa": {
-        "image_id": (TEXT, "003a8ae2ef43b901"),
-        "question_id": (pa.int32(), 34602),
-        "question": (TEXT, "what is the brand of this camera?"),
-        "question_tokens": (TEXTS, ["what", "is", "the", "brand", "of", "this", "camera"]),
-        "image_width": (pa.int32(), 1024),
-        "image_height": (pa.int32(), 664),
-        "image_classes": (TEXTS, ["Camera"]),
-        "ocr_tokens": (TEXTS, ["DAKOTA", "DIGITAL"]),
-        "answers": (TEXTS, ["red"] * 10),
-        "set_name": (TEXT, "val"),
-    },
-    "okvqa": {
-        "question_id": (TEXT, "2971475"),
-        "question": (TEXT, "What sport can you use this for?"),
-        "answers": (TEXTS, ["red"] * 10),
-        "question_type": (TEXT, "four"),
-        "answer_type": (TEXT, "other"),
-    },
-    "docvqa": {
-        "questionId": (TEXT, "49153"),
-        "question": (TEXT, "What is the value in the chart?"),
-        "question_types": (TEXTS, ["figure/diagram"]),
-        "docId": (pa.int64(), 14465),
-        "ucsf_document_id": (TEXT, "pybv0228"),
-        "ucsf_document_page_no": (TEXT, "81"),
-        "answers": (TEXTS, ["green", "red"]),
-        "data_split": (TEXT, "val"),
-    },
-    "chartqa": {
-        "type": (TEXT, "human_test"),
-        "question": (TEXT, "Which colour is the tallest bar?"),
-        "answer": (TEXT, "red"),
-    },
-    "pope": {
-        "id": (TEXT, "0"),
-        "question_id": (TEXT, "1"),
-        "question": (TEXT, "Is there a snowboard in the image?"),
-        "answer": (TEXT, "yes"),
-        "image_source": (TEXT, "COCO_val2014_000000310196"),
-        "category": (TEXT, "adversarial"),
-    },
-}
+from workers.scorers import SCORERS
 
 
 def local(folder: Path, **entry: Any) -> DatasetSource:
@@ -87,64 +25,6 @@ def test_project_presets_are_complete() -> None:
         assert preset.max_new_tokens >= 1
         assert (preset.path is None) != (preset.hub_id is None)
     assert Path(str(known["demo"].path)).is_dir()
-
-
-def picture(colour: str) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 6), colour).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_hub_rows(file: Path, preset: str, count: int) -> None:
-    """Write rows that differ in their id, so that the id column must be the right one; images come in pairs."""
-    columns = HUB_ROWS[preset]
-    id_column = presets()[preset].columns.id
-    rows = []
-    for index in range(count):
-        row = {name: value for name, (_, value) in columns.items()}
-        if id_column is not None:
-            row[id_column] = type(row[id_column])(int(row[id_column]) + index)
-        rows.append(row | {"image": {"bytes": picture(["red", "blue"][index // 2]), "path": f"{index}.png"}})
-    image_type = pa.struct({"bytes": pa.binary(), "path": TEXT})
-    schema = pa.schema({name: kind for name, (kind, _) in columns.items()} | {"image": image_type})
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), file)
-
-
-def test_every_hub_preset_has_rows_to_test_it_with() -> None:
-    assert set(HUB_ROWS) == {name for name, preset in presets().items() if preset.hub_id is not None}
-
-
-@pytest.mark.parametrize("name", HUB_ROWS)
-def test_a_hub_preset_resolves_to_the_hub(name: str, tmp_path: Path) -> None:
-    source = resolve_source(name=name, base_folder=tmp_path)
-    assert source.path is None
-    assert str(source.hub_id).startswith("lmms-lab-encoder/")
-    assert source.prompt_for("Why?").startswith("Why?\n")
-    assert "\nAnswer the question " in source.prompt
-
-
-@pytest.mark.parametrize("name", HUB_ROWS)
-def test_a_local_copy_of_a_hub_preset_is_read_and_scored(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    file = tmp_path / "rows.parquet"
-    write_hub_rows(file, name, count=4)
-    dataset = Dataset.open(resolve_source(name=name, path=str(file), base_folder=tmp_path))
-    refs = dataset.select(None, seed=0)
-    samples = [dataset.sample(ref.uid) for ref in refs]
-    assert len({ref.uid for ref in refs}) == 4
-    columns = dataset.source.columns
-    by_content = columns.image_id is None
-    assert len({sample.image_id for sample in samples}) == (2 if by_content else 1)
-    for sample in samples:
-        assert sample.image().size == (8, 6)
-        assert sample.question == HUB_ROWS[name]["question"][1]
-        if columns.question_type is not None:
-            assert sample.question_type == HUB_ROWS[name][columns.question_type][1]
-        score = scorer(dataset.source.metric).score
-        assert score(sample.answers[-1].capitalize(), sample.answers) == 1.0
-        assert score("nothing of the kind", sample.answers) == 0.0
 
 
 def test_a_preset_gives_defaults_and_the_entry_wins(tmp_path: Path) -> None:
@@ -219,7 +99,23 @@ def test_other_names_with_a_slash_are_hub_ids(tmp_path: Path) -> None:
         ({"columns": {"awnsers": "a"}}, r"\.columns\.awnsers: unknown role, did you mean answers\?"),
         ({"columns": {"answers": None}}, r"\.columns\.answers: must be a column name, not None"),
         ({"columns": ["image"]}, r"\.columns: must map roles to column names"),
-        ({"prompt": "Describe."}, r"\.prompt: must contain \{question\}"),
+        ({"columns": {"image": []}}, r"\.columns\.image: must be a column name, not \[\]"),
+        ({"columns": {"options": ["A", None]}}, r"\.columns\.options: must be a column name, not None"),
+        ({"columns": {"id": ["a", "b"]}}, r"\.columns\.id: must be a column name, not \['a', 'b'\]"),
+        ({"prompt": "Describe."}, r"\.prompt: must contain \{question\}.*set columns.question to null"),
+        ({"columns": {"question": None}}, r"\.prompt: contains \{question\}, but columns.question is null"),
+        ({"columns": {"options": "choices"}}, r"\.prompt: must contain \{options\}, else the model does not see"),
+        ({"prompt": "{question}\n{options}"}, r"\.prompt: names \{options\}, but .*; set columns.options"),
+        ({"images": "images.parquet"}, r"\.images: must map path or config, split and id to names"),
+        ({"images": {"pth": "x"}}, r"\.images\.pth: unknown key, did you mean path\?"),
+        ({"images": {"path": 3}}, r"\.images\.path: must be text, not 3"),
+        ({"images": {"path": "rows.jsonl"}}, r"\.images: needs columns.image_id"),
+        ({"columns": {"image_id": "i"}, "images": {"id": "key"}}, r"\.images: needs `path`, as the data set is local"),
+        ({"columns": {"image_id": "i"}, "images": {"path": "no.parquet"}}, r"\.images\.path: no file or folder .*no\."),
+        (
+            {"columns": {"image_id": "i"}, "images": {"path": "rows.jsonl", "config": "c"}},
+            r"\.images: give either path or config, not both",
+        ),
         ({"hub_id": "a/b"}, r"give either path or hub_id, not both"),
         ({"revision": "abc"}, r"revision belongs to a hub data set"),
         ({"path": None, "name": "owner/set"}, r"'owner/set': a hub data set needs `split`"),
@@ -243,6 +139,14 @@ def test_mistakes_are_one_clear_line(tmp_path: Path, entry: dict[str, Any], mess
         ("a: {path: x, split: test, metric: nope, max_new_tokens: 4}", r": a\.metric: unknown metric 'nope'"),
         ("a: {path: x, split: 3, metric: exact_match, max_new_tokens: 4}", r": a\.split: must be text, not 3"),
         ("a: {path: x, split: test, metric: exact_match, max_new_tokens: 0}", r"whole number of at least 1, not 0"),
+        (
+            "a: {path: x, split: test, metric: multiple_choice, max_new_tokens: 4, columns: {options: o}}",
+            r": a\.prompt: must contain \{options\}",
+        ),
+        (
+            "a: {path: x, split: test, metric: exact_match, max_new_tokens: 4, images: {pth: y}}",
+            r": a\.images\.pth: unknown key",
+        ),
     ],
 )
 def test_mistakes_in_a_preset_file_name_the_place(tmp_path: Path, text: str, message: str) -> None:
@@ -251,6 +155,56 @@ def test_mistakes_in_a_preset_file_name_the_place(tmp_path: Path, text: str, mes
     with pytest.raises(DatasetError, match=message) as caught:
         presets(file)
     assert str(file) in str(caught.value)
+
+
+def test_several_columns_may_be_an_image_or_the_options(tmp_path: Path) -> None:
+    columns = {"image": ["front", "back"], "options": ["A", "B"]}
+    source = local(tmp_path, columns=columns, prompt="{question}\n{options}", metric="multiple_choice")
+    assert source.columns.images == ("front", "back")
+    assert source.columns.options == ("A", "B")
+    assert hash(source) == hash(pickle.loads(pickle.dumps(source)))
+    one = local(tmp_path, columns={"image": ["picture"], "options": ["choices"]}, prompt="{question}\n{options}")
+    assert (one.columns.image, one.columns.options) == ("picture", "choices")
+
+
+def test_a_table_of_images_of_its_own(tmp_path: Path) -> None:
+    hub = resolve_source(name="gqa", base_folder=tmp_path)
+    assert hub.images == ImageTable(config="testdev_balanced_images")
+    assert hub.image_source is not None
+    assert (hub.image_source.config, hub.image_source.split) == ("testdev_balanced_images", "testdev")
+    assert hub.image_source.place == "hub data set lmms-lab-encoder/GQA (testdev_balanced_images)"
+    # A local copy of the questions may hold the images already.
+    assert local(tmp_path, name="gqa", metric=None).images is None
+    (tmp_path / "images.jsonl").write_text("{}")
+    apart = local(tmp_path, name="gqa", metric=None, images={"path": "images.jsonl", "id": "key"})
+    assert apart.image_source is not None
+    assert apart.image_source.path == str(tmp_path / "images.jsonl")
+    assert apart.image_source.columns.id == "key"
+    assert ("columns.image", "image") not in apart.needed_columns
+    assert local(tmp_path).image_source is None
+
+
+@pytest.mark.parametrize(
+    ("template", "values", "expected"),
+    [
+        ("{hint}\n{question}", {"hint": "H"}, "H\nQ"),
+        ("{hint}\n{question}", {"hint": ""}, "Q"),
+        ("Context: {hint}\n{question}\n\nAnswer.", {"hint": ""}, "Q\n\nAnswer."),
+        ("{question}\n{?hint}With.\n{!hint}Without.", {"hint": "H"}, "Q\nWith."),
+        ("{question}\n{?hint}With.\n{!hint}Without.", {"hint": ""}, "Q\nWithout."),
+        ('{question} Answer as {"text": ...} or {}.', {}, 'Q Answer as {"text": ...} or {}.'),
+        ("{question} {L2-category}", {"L2-category": "{question}"}, "Q {question}"),
+    ],
+)
+def test_prompts(template: str, values: dict[str, str], expected: str, tmp_path: Path) -> None:
+    assert local(tmp_path, prompt=template).prompt_for("Q", values) == expected
+
+
+def test_a_prompt_without_all_it_names_is_no_prompt(tmp_path: Path) -> None:
+    source = local(tmp_path, prompt="{question}\n{hint}")
+    assert source.prompt_columns == ("hint",)
+    with pytest.raises(ValueError, match=r"the prompt names \{hint\}, which has no value"):
+        source.prompt_for("Q")
 
 
 def test_missing_preset_file(tmp_path: Path) -> None:

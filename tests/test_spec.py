@@ -437,7 +437,15 @@ MISTAKES_IN_WHOLE_FILES = [
     (
         "name: x\nmodels: [m]\ndatasets: [{name: d, columns: {imag: i}}]",
         "sweep.yaml:3: datasets[0].columns.imag: unknown key, did you mean image? "
-        "(allowed: image, question, answers, id, image_id, question_type)",
+        "(allowed: image, question, answers, id, image_id, question_type, options, records)",
+    ),
+    (
+        "name: x\nmodels: [m]\ndatasets: [{name: d, columns: {options: 3}}]",
+        "sweep.yaml:3: datasets[0].columns.options: must be text, or a list of them, got 3",
+    ),
+    (
+        "name: x\nmodels: [m]\ndatasets: [{name: d, images: {pth: i}}]",
+        "sweep.yaml:3: datasets[0].images.pth: unknown key, did you mean path? (allowed: path, config, split, id)",
     ),
 ]
 
@@ -505,7 +513,7 @@ def test_a_minimal_sweep_has_the_documented_defaults() -> None:
     assert (sweep.sampling.strategy, sweep.sampling.n, sweep.sampling.seed) == ("full", None, 0)
     assert sweep.latency == Latency(
         samples=64,
-        repeats=5,
+        repeats=10,
         visits=2,
         output_tokens=16,
         batch_size=1,
@@ -752,3 +760,20 @@ def test_known_keys_with_random_values_never_raise_anything_else(data: dict[str,
 def test_random_text_never_raises_anything_else(text: str) -> None:
     only_spec_errors(text)
     only_spec_errors(HEAD + text)
+
+
+def test_columns_of_a_data_set_may_be_several_or_none() -> None:
+    sweep = parse_sweep(
+        "name: x\nmodels: [m]\ndatasets:\n"
+        "- {name: d, columns: {image: [a, b], options: choices, question: null, records: qa}, images: {id: key}}"
+    )
+    entry = sweep.datasets[0]
+    assert entry.columns is not None
+    assert entry.columns.model_dump(exclude_unset=True) == {
+        "image": ("a", "b"),
+        "options": ("choices",),
+        "question": None,
+        "records": "qa",
+    }
+    assert entry.images is not None
+    assert entry.images.model_dump(exclude_none=True) == {"id": "key"}

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -18,7 +19,18 @@ import pyarrow.parquet as pq
 import pytest
 from handmade import rows_of, samples, task, timed_row
 
-from orchestrator.store import DamagedParts, Place, ResultStore, StoreError, read_finished, read_table, results_folder
+from orchestrator import store as store_module
+from orchestrator.store import (
+    STAMPS,
+    DamagedParts,
+    Part,
+    Place,
+    ResultStore,
+    StoreError,
+    read_finished,
+    read_table,
+    results_folder,
+)
 from workers.schema import SCHEMA_VERSION, TABLES, arrow_schema, to_table
 from workers.tasks import Kind
 
@@ -90,14 +102,14 @@ import pyarrow.parquet as pq
 from orchestrator.store import Place, ResultStore
 from workers.schema import to_table
 
-def die_half_way(table, path, **_):
-    Path(path).write_bytes(b"PAR1 and then the power went")
-    os.kill(os.getpid(), signal.SIGKILL)
+def half(table, sink, **_):
+    sink.write(b"PAR1 and then the power went")
+    os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
 
 store = ResultStore.open(Path(sys.argv[1]), "example")
 rows = to_table("latency", [{"sample_id": "a", "total_ms": 9.5}])
 store.commit("latency", Place("small", "H100", "questions"), "before", rows)
-pq.write_table = die_half_way
+pq.write_table = half
 store.commit("latency", Place("small", "H100", "questions"), sys.argv[2], rows)
 """
 
@@ -176,6 +188,185 @@ def test_of_two_copies_of_a_part_the_newer_one_counts(root: Path) -> None:
     assert after.rows("latency", ["one"])["total_ms"].tolist() == [2.5, 2.5]
     assert [str(old) in warning and "is an earlier copy of" in warning for warning in after.warnings] == [True]
     assert not old.exists()
+
+
+def test_parts_that_are_written_together_are_flushed_then_renamed_in_order_then_their_folders_flushed(
+    root: Path, store: ResultStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.commit("tasks", PLACE, "before", to_table("tasks", [{"task_id": "before"}]))
+    seen: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def flushed(number: int) -> None:
+        seen.append("flush " + Path(os.readlink(f"/proc/self/fd/{number}")).name)
+        fsync(number)
+
+    def renamed(source: Path, target: Path) -> None:
+        seen.append(f"rename {target.name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", renamed)
+    one_row = to_table("tasks", [{"task_id": "t"}])
+    store.commit_all(
+        [
+            Part("latency", PLACE, "a", ONE_ROW),
+            Part("tasks", PLACE, "a", one_row, "done"),
+            Part("latency", PLACE, "b", TWO_ROWS),
+        ]
+    )
+    temporary = f".{os.getpid()}.tmp"
+    assert sorted(seen[:3]) == sorted(f"flush .{name}.parquet{temporary}" for name in ("a", "a", "b"))
+    assert seen[3:6] == ["rename a.parquet", "rename a.parquet", "rename b.parquet"]
+    assert seen[6:] == ["flush dataset=questions"] * 2
+    assert store.finished("latency") == {"a", "b"}
+    assert store.stamp("tasks", "a") == "done"
+    assert len(store.rows("latency", ["a", "b"])) == 3
+
+
+def test_of_parts_that_are_written_together_none_is_there_if_one_cannot_be_written(root: Path) -> None:
+    store = ResultStore.open(root, "example")
+    (root / "tasks").write_text("a file in the way")
+    parts = [Part("latency", PLACE, "a", ONE_ROW), Part("tasks", PLACE, "a", to_table("tasks", [{"task_id": "a"}]))]
+    with pytest.raises(StoreError, match="cannot be written"):
+        store.commit_all(parts)
+    assert leftovers(root) == []
+    store.close()
+    assert reopened(root).finished("latency") == set()
+
+
+def test_of_two_parts_of_one_name_that_are_written_together_the_later_one_counts(
+    root: Path, store: ResultStore
+) -> None:
+    store.commit_all([Part("latency", PLACE, "one", ONE_ROW), Part("latency", PLACE, "one", TWO_ROWS)])
+    assert store.rows("latency", ["one"])["total_ms"].tolist() == [2.5, 2.5]
+    store.commit_all([])
+
+
+# -- the file of stamps -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts count as settled as soon as they are written."""
+    monkeypatch.setattr(store_module, "SETTLED_SECONDS", -1.0)
+
+
+def two_parts(root: Path) -> None:
+    store = ResultStore.open(root, "example")
+    store.commit("latency", PLACE, "one", ONE_ROW, stamp="größe\n1")
+    store.commit("latency", PLACE, "two", TWO_ROWS, stamp="2")
+    store.close()
+
+
+def ends_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the parts whose ends are read from now on."""
+    names: list[str] = []
+    read = pq.read_metadata
+
+    def watched(path: Path) -> Any:
+        names.append(path.stem)
+        return read(path)
+
+    monkeypatch.setattr(pq, "read_metadata", watched)
+    return names
+
+
+def test_a_folder_is_opened_again_without_a_look_into_its_parts(
+    root: Path, settled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_parts(root)
+    read = ends_read(monkeypatch)
+    after = reopened(root)
+    assert after.finished("latency") == {"one", "two"}
+    assert [after.stamp("latency", name) for name in ("one", "two")] == ["größe\n1", "2"]
+    assert read_finished(root, ["one", "two", "three"]) == ({"one", "two"}, set())
+    assert read == []
+
+
+def test_without_that_file_the_parts_are_read_once_and_it_is_made_anew(
+    root: Path, settled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_parts(root)
+    (root / STAMPS).unlink()
+    read = ends_read(monkeypatch)
+    assert read_finished(root, ["one", "two"]) == ({"one", "two"}, set())
+    assert not (root / STAMPS).exists(), "who only reads writes nothing"
+    read.clear()
+    opened = ResultStore.open(root, "example")
+    assert opened.stamp("latency", "one") == "größe\n1"
+    opened.close()
+    assert read == ["one", "two"]
+    assert reopened(root).stamp("latency", "two") == "2"
+    assert read == ["one", "two"]
+
+
+@pytest.mark.parametrize("damage", ["same size", "other size", "same time"])
+def test_what_was_changed_since_is_looked_at_whatever_that_file_says(root: Path, settled: None, damage: str) -> None:
+    two_parts(root)
+    part = root / PART
+    whole, found = part.read_bytes(), part.stat()
+    part.write_bytes(bytes(len(whole)) if damage == "same size" else whole[:-1])
+    os.utime(part, ns=(found.st_atime_ns, found.st_mtime_ns + (0 if damage == "same time" else 1)))
+    after = reopened(root)
+    assert after.finished("latency") == {"two"}
+    assert len(after.warnings) == 1
+
+
+def test_what_was_written_a_moment_ago_is_not_in_that_file_yet(root: Path) -> None:
+    """It could be changed once more without a new time of change."""
+    two_parts(root)
+    assert not (root / STAMPS).exists()
+    for path in (root / "latency").rglob("*.parquet"):
+        os.utime(path, (1, 1))
+    opened = ResultStore.open(root, "example")
+    opened.finished("latency")
+    opened.close()
+    assert len((root / STAMPS).read_text().strip().splitlines()) == 2
+
+
+def test_parts_that_are_gone_are_gone_whatever_that_file_says(root: Path, settled: None) -> None:
+    two_parts(root)
+    (root / PART).unlink()
+    assert reopened(root).finished("latency") == {"two"}
+    assert read_finished(root, ["one", "two"])[0] == {"two"}
+
+
+@pytest.mark.parametrize("content", ["", "\x00", "{}", "[1]\n[1, 2, 3, 4, 5]\nnull", '["latency", "one", 1, 2, "x'])
+def test_whatever_that_file_holds_does_no_harm(root: Path, settled: None, content: str) -> None:
+    two_parts(root)
+    (root / STAMPS).write_text(content)
+    opened = ResultStore.open(root, "example")
+    assert [opened.stamp("latency", name) for name in ("one", "two")] == ["größe\n1", "2"]
+    opened.close()
+    assert reopened(root).stamp("latency", "one") == "größe\n1"
+    (root / STAMPS).unlink()
+    (root / STAMPS).mkdir()
+    assert reopened(root).stamp("latency", "one") == "größe\n1"
+
+
+def test_that_file_does_not_grow_with_every_part_that_is_replaced(
+    root: Path, settled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_parts(root)
+    lines = (root / STAMPS).read_text()
+    (root / STAMPS).write_text(lines * 600)
+    opened = ResultStore.open(root, "example")
+    assert opened.stamp("latency", "one") == "größe\n1"
+    opened.close()
+    assert len((root / STAMPS).read_text().strip().splitlines()) == 2
+    assert reopened(root).stamp("latency", "two") == "2"
+
+
+def test_a_part_of_an_earlier_release_lacks_columns_and_is_read_with_nulls(root: Path, store: ResultStore) -> None:
+    rows = ONE_ROW.drop_columns(["total_ms", "flops"])
+    store.commit("latency", PLACE, "old", rows)
+    store.commit("latency", PLACE, "new", TWO_ROWS)
+    found = store.rows("latency", ["old", "new"])
+    assert found.columns.tolist() == ["model", "accelerator", "dataset", *arrow_schema("latency").names]
+    assert found["total_ms"].tolist()[1:] == [2.5, 2.5]
+    assert pd.isna(found["total_ms"][0])
+    assert store.rows("latency", ["old"], ["sample_id", "flops"])["sample_id"].tolist() == ["a"]
 
 
 # -- what is not to be trusted ----------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def importance_rows(
 
             def scores() -> list[float]:
                 texts = [vlm.text(tokens) for tokens in vlm.answer(batch, max_new_tokens)]
-                return [score(text, s.sample.answers) for text, s in zip(texts, samples, strict=True)]
+                return [score(text, s.sample.answers, s.sample.options) for text, s in zip(texts, samples, strict=True)]
 
             valued = run_candidates(vlm, candidates, scores, share)
         case Method.NLL:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from knobs.vision import VisionLayout, VisionSetting
+from knobs.vision import VisionLayout
 from workers.datasets import Sample, SampleRef
 from workers.errors import SampleError
 from workers.models.adapter import VisionLanguageModel
@@ -15,6 +16,9 @@ from workers.models.processing import Inputs
 from workers.probes import Device
 from workers.schema import SCHEMA_VERSION, knob_columns
 from workers.tasks import Knobs, Status, Task
+
+# Height and width of an image in pixels.
+Size = tuple[int, int]
 
 # Why a row does not count, in `invalid_reasons`.
 TOKEN_MISMATCH = "token_mismatch"
@@ -41,8 +45,7 @@ class RowMaker:
         task: Task,
         vlm: VisionLanguageModel,
         sample: Sample,
-        height: int,
-        width: int,
+        sizes: Sequence[Size],
         inputs: Inputs,
         begun: datetime,
         knobs: Knobs | None = None,
@@ -50,33 +53,22 @@ class RowMaker:
         """The row of a sample that became `inputs`.
 
         Args:
-            height, width: of its image in pixels.
+            sizes: height and width of its images in pixels.
             knobs: those in effect, if they are not the task's.
         """
         setting = (knobs or task.knobs).vision
-        layout = vlm.card.geometry.layout(height, width, setting)
-        lacking = [TOKEN_MISMATCH] if _lacks_tokens(layout, inputs, setting) else []
-        promised = (
-            {}
-            if layout is None
-            else {
-                "selected_crops": layout.num_crops,
-                "selected_tiling": f"{layout.tiling[0]}x{layout.tiling[1]}",
-                "tower_passes": layout.tower_passes,
-                "theoretical_vision_tokens": layout.vision_tokens,
-                "predicted_vision_tokens": layout.prompt_vision_tokens,
-                "special_tokens": layout.special_tokens,
-                "aspect_mismatch": layout.aspect_mismatch,
-                "target_resolution": f"{layout.target_height}x{layout.target_width}",
-                "target_aspect": layout.target_width / layout.target_height,
-            }
-        )
+        layouts = [vlm.card.geometry.layout(height, width, setting) for height, width in sizes]
+        known = [layout for layout in layouts if layout is not None]
+        promised = _promised(known) if len(known) == len(layouts) else {}
+        lacking = [TOKEN_MISMATCH] if setting.force_full_tokens and _lacks_tokens(promised, inputs) else []
+        height, width = sizes[0]
         return (
             self._identity(task, vlm, knobs or task.knobs)
             | promised
             | {
                 "sample_id": sample.ref.uid,
                 "image_id": sample.image_id,
+                "num_images": len(sizes),
                 "image_height": height,
                 "image_width": width,
                 "image_aspect": width / height,
@@ -137,7 +129,26 @@ def _used(vlm: VisionLanguageModel, back_end: str) -> str | None:
     return used
 
 
-def _lacks_tokens(layout: VisionLayout | None, inputs: Inputs, setting: VisionSetting) -> bool:
-    """Whether full tokens were promised and the prompt holds another number."""
-    promised = layout is not None and setting.force_full_tokens
-    return bool(promised and layout and inputs.num_vision_tokens != layout.vision_tokens)
+def _promised(layouts: Sequence[VisionLayout]) -> dict[str, Any]:
+    """What a setting comes to: sums over the images of a sample; a shape is that of a single one only."""
+    shape: dict[str, Any] = {}
+    if len(layouts) == 1:
+        (layout,) = layouts
+        shape = {
+            "selected_tiling": f"{layout.tiling[0]}x{layout.tiling[1]}",
+            "aspect_mismatch": layout.aspect_mismatch,
+            "target_resolution": f"{layout.target_height}x{layout.target_width}",
+            "target_aspect": layout.target_width / layout.target_height,
+        }
+    return shape | {
+        "selected_crops": sum(layout.num_crops for layout in layouts),
+        "tower_passes": sum(layout.tower_passes for layout in layouts),
+        "theoretical_vision_tokens": sum(layout.vision_tokens for layout in layouts),
+        "predicted_vision_tokens": sum(layout.prompt_vision_tokens for layout in layouts),
+        "special_tokens": sum(layout.special_tokens for layout in layouts),
+    }
+
+
+def _lacks_tokens(promised: Mapping[str, Any], inputs: Inputs) -> bool:
+    """Whether the prompt holds another number of vision tokens than the tower makes."""
+    return bool(promised) and inputs.num_vision_tokens != promised["theoretical_vision_tokens"]

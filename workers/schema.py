@@ -14,7 +14,7 @@ from workers.environment import ENVIRONMENT_COLUMNS
 from workers.tasks import Knobs
 
 # Raised when a column changes meaning. Old result folders stay readable; a new one is never mixed into them.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _STRING, _INT, _FLOAT, _BOOL = pa.string(), pa.int64(), pa.float64(), pa.bool_()
 _TIME = pa.timestamp("us", tz="UTC")
@@ -83,11 +83,17 @@ _SAMPLE = (
     Column("task_id", _STRING, "", "the task that made this row"),
     Column("sample_id", _STRING, "", "stable id of the sample"),
     Column("image_id", _STRING, "", "image of the sample: questions that share it are not independent"),
-    Column("image_height", _INT, "pixel", "original image"),
-    Column("image_width", _INT, "pixel", "original image"),
+    Column("num_images", _INT, "", "images of the sample; crops and tokens are sums over them"),
+    Column("image_height", _INT, "pixel", "original image, the first of several"),
+    Column("image_width", _INT, "pixel", "original image, the first of several"),
     Column("image_aspect", _FLOAT, "", "original width / height"),
     Column("selected_crops", _INT, "", "crops that the knob comes to for this image, without the global view"),
-    Column("selected_tiling", _STRING, "", "rows x columns of those crops"),
+    Column(
+        "selected_tiling",
+        _STRING,
+        "",
+        "rows x columns of those crops; null for several images, like what follows of it",
+    ),
     Column("tower_passes", _INT, "", "images that go through the vision tower: the crops and any global view"),
     Column("theoretical_vision_tokens", _INT, "token", "vision tokens that the tower emits for this image"),
     Column("predicted_vision_tokens", _INT, "token", "those that have a place in the prompt, by the closed form"),
@@ -128,16 +134,17 @@ LATENCY_COLUMNS = (
     *_IDENTITY,
     *KNOB_COLUMNS,
     *_SAMPLE,
-    Column("batch_size", _INT, "", "samples in the forward pass; its times stand in the row of each of them"),
+    Column("batch_size", _INT, "", "samples in the forward pass; its times stand in the row of each"),
     Column("batch", _INT, "", "number of its batch, from 0; the last one is filled up with the first samples"),
+    Column("anchor_id", _STRING, "", "the anchor whose worker trends its times are corrected by; null for none"),
     Column("visit", _INT, "", "which share of the repeats, from 0; other combinations are timed between two visits"),
     Column("repeat", _INT, "", "timed repeat of this batch over all visits, from 0; warm-up runs are not stored"),
     Column(
         "first_call_ms",
         _FLOAT,
         "ms",
-        "total of the first, untimed answer to this batch in this visit: with what is done once, such as a capture; "
-        "null without warm-up",
+        "total of the very first, untimed answer to this batch in this visit: with what is done once, such as a "
+        "capture; null without warm-up",
     ),
     Column("preprocess_ms", _FLOAT, "ms", "image and text in host memory -> tensors in host memory"),
     Column("transfer_ms", _FLOAT, "ms", "tensors on the host -> tensors on the device"),
@@ -231,8 +238,9 @@ ACCURACY_COLUMNS = (
     Column("question_type", _STRING, "", "kind of question, where the data set says"),
     Column("stop_reason", _STRING, "", "eos, or length if the cap ended the answer"),
     Column("prediction", _STRING, "", "decoded answer"),
+    Column("answers", pa.list_(_STRING), "", "reference answers; of multiple choice their letters"),
     Column("metric", _STRING, "", "scorer and variant"),
-    Column("score", _FLOAT, "", "0 to 1; null where the row failed"),
+    Column("score", _FLOAT, "", "0 to 1; null where the row failed, and for cider, which scores no single answer"),
     Column("valid", _BOOL, "", "false if the row does not count"),
     Column("invalid_reasons", pa.list_(_STRING), "", "why it does not: failed, or token_mismatch"),
 )
@@ -268,7 +276,8 @@ WORKER_COLUMNS = (
     Column("host", _STRING, "", "machine, as it calls itself; null if its environment is not recorded"),
     Column("device_name", _STRING, "", "device as its driver names it"),
     Column("device_uuid", _STRING, "", "tells two GPUs of a kind apart; null on a CPU"),
-    Column("anchor", _STRING, "", "the combination that it timed again and again, in words"),
+    Column("anchor_id", _STRING, "", "the combination that it timed again and again; rows of latency name theirs"),
+    Column("anchor", _STRING, "", "the same in words"),
     Column("timing", _STRING, "", f"what this row is about: {', '.join(SUMMARISED)}"),
     Column("num_anchors", _INT, "", "how often the anchor was timed, each time several answers"),
     Column("first_at", _TIME, "", "first of them"),
@@ -335,6 +344,7 @@ CORRECTED_STATISTICS = {
 # How a combination was measured. Rows that differ here answer different questions.
 _MEASURED = (
     Column("prompt", _STRING, "", "template of the question"),
+    Column("engine_asked", _STRING, "", "engine that the sweep asks for; the column engine says what decoded"),
     Column("timed_output_tokens", _INT, "token", "fixed length of each timed answer; null if latency is off"),
     Column("timed_repeats", _INT, "", "timed repeats per batch, at most; null if latency is off"),
     Column("timed_visits", _INT, "", "tasks that the repeats are split over; null if latency is off"),
@@ -376,8 +386,22 @@ COMBINATION_COLUMNS = (
     Column("aspect_mismatch_p95", _FLOAT, "", "95th percentile over samples"),
     Column("aspect_mismatch_p99", _FLOAT, "", "99th percentile over samples"),
     Column("prompt_tokens_mean", _FLOAT, "token", "mean length of the prompt"),
-    Column("accuracy", _FLOAT, "", "mean score, 0 to 1; null if accuracy is off"),
+    Column(
+        "accuracy",
+        _FLOAT,
+        "",
+        "mean score, 0 to 1; for yes_no/f1 the F1; for cider CIDEr-D, 0 to 10, of which papers print a hundred times "
+        "as much; null if accuracy is off",
+    ),
     Column("accuracy_se", _FLOAT, "", "standard error of accuracy, clustered by image"),
+    Column(
+        "accuracy_low",
+        _FLOAT,
+        "",
+        "lower end of the 95 % interval of accuracy, clustered by image: Wilson's with the effective sample size for "
+        "scores of 0 and 1, else by Student's t; null for a single image and for metrics of the corpus",
+    ),
+    Column("accuracy_high", _FLOAT, "", "upper end of the same"),
     Column("metric", _STRING, "", "scorer and variant"),
     Column("num_samples", _INT, "", "samples scored, valid ones"),
     Column("num_failed", _INT, "", "samples that failed, in either table"),
@@ -395,7 +419,13 @@ COMBINATION_COLUMNS = (
         "how far the medians of total_ms of the visits are apart: largest over smallest, minus 1; null for one visit",
     ),
     Column("stopped_by", _STRING, "", "why the repeats ended; several tasks joined by commas"),
-    Column("relative_error", _FLOAT, "", "what the repeats have come to, see the latency table; the largest of tasks"),
+    Column(
+        "relative_error",
+        _FLOAT,
+        "",
+        "as in the latency table, but over the rounds of all visits; those with an invalid row are left out, and it is "
+        "null for fewer than two",
+    ),
     Column("num_invalid", _INT, "", "rows, timed or scored, left out as invalid"),
     Column("residual_fraction", _FLOAT, "", "mean of residual_ms / total_ms"),
     Column("peak_memory_bytes", _INT, "byte", "largest peak over rows; null on a CPU"),

@@ -5,33 +5,33 @@ from __future__ import annotations
 import gc
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from typing import Any
 
 import torch
-from PIL import Image
 
 from knobs.errors import KnobError
 from knobs.importance import Method
+from workers.accuracy import accuracy_rows
 from workers.anchor import Anchors
 from workers.candidates import importance_rows, reference_answer
 from workers.conditions import Observer
-from workers.datasets import Dataset, DatasetSource, Sample, SampleRef
+from workers.datasets import Dataset, DatasetSource, SampleRef
 from workers.environment import environment
 from workers.errors import DatasetError, DeviceError, ModelError, RowMismatch, SampleError
 from workers.latency import TimedSample, latency_rows
 from workers.models.adapter import VisionLanguageModel
 from workers.models.loading import default_device, is_out_of_memory, load_source
-from workers.models.processing import Inputs
 from workers.nvml import Gpu, gpu_of
-from workers.prepared import PreparedSample, PreparedSamples
+from workers.prepared import PreparedSample, PreparedSamples, checked, prepared_samples, preprocess
 from workers.probes import CPU, Device, current_device
-from workers.rows import RowMaker, engine_columns
+from workers.rows import RowMaker
 from workers.schema import to_table
-from workers.scorers import scorer
 from workers.tasks import (
     FailureKind,
     Kind,
@@ -45,13 +45,20 @@ from workers.tasks import (
 class Session:
     """Keeps one model until a task names another one, what images became under one setting, and opened data sets."""
 
-    def __init__(self, name: str = "local", device: torch.device | None = None, accelerator: str | None = None) -> None:
+    def __init__(
+        self,
+        name: str = "local",
+        device: torch.device | None = None,
+        accelerator: str | None = None,
+        load: Callable[[ModelSource, torch.device], VisionLanguageModel] = load_source,
+    ) -> None:
         """
         Args:
             name: of the worker, as it stands in the rows.
             device: where models are loaded; the first GPU, else the CPU, if None.
             accelerator: kind of device that its rows will be filed under; whatever is there if None. For cpu the CPU
                 is used, whatever else there is.
+            load: makes the model of a task.
 
         Raises:
             DeviceError: the device is of another kind, so that its times would be filed under a wrong name.
@@ -62,6 +69,7 @@ class Session:
         self.found: Device = current_device(self.device)
         if accelerator is not None and accelerator.lower() != self.found.accelerator.lower():
             raise DeviceError(f"this worker was started for {accelerator} but {_found_instead(self.found)}")
+        self._load = load
         self._source: ModelSource | None = None
         self._vlm: VisionLanguageModel | None = None
         self._datasets: dict[DatasetSource, Dataset] = {}
@@ -69,6 +77,13 @@ class Session:
         self._anchors = Anchors()
         self._rows = RowMaker(name, self.found)
         self._anchor_rows: list[dict[str, Any]] = []
+        self._counts_of_former_models = Counter[str]()
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How often each stage has run so far, over all models: the fields of `workers.models.adapter.Counts`."""
+        present = {} if self._vlm is None else self._vlm.counts.as_dict()
+        return self._counts_of_former_models + Counter(present)
 
     def run(self, task: Task) -> TaskResult:
         """Rows of a task, or the reason why there are none; what goes wrong comes back as data."""
@@ -78,6 +93,8 @@ class Session:
             vlm = self._model(task.model)
             dataset = self._dataset(task.dataset)
             self._rows.environment = environment(self.device)  # after the model has come: loading may set flags
+            if task.kind is Kind.LATENCY:
+                self._prepared.leave_device()  # what is kept there would be in the peak memory of every answer
             self._time_anchor(task, vlm, dataset)
             with vlm.knobs(moe_top_k=task.knobs.moe_top_k, active_blocks=task.knobs.active_blocks):
                 rows = {
@@ -85,9 +102,12 @@ class Session:
                     Kind.ACCURACY: self._accuracy,
                     Kind.IMPORTANCE: self._importance,
                 }[task.kind](task, vlm, dataset)
-            self._time_anchor(task, vlm, dataset)
+            with suppress(torch.AcceleratorError):  # the rows are there; the next task will meet the lost device
+                self._time_anchor(task, vlm, dataset)
             return self._result(task, started, Status.DONE, rows=to_table(task.kind, rows))
         except Exception as error:  # a worker must outlive whatever a task does to it; the kind decides what follows
+            if is_out_of_memory(error):
+                self._prepared.clear()  # nothing that could be made again may be missing for the next task
             return self._result(
                 task,
                 started,
@@ -101,11 +121,13 @@ class Session:
 
     def _model(self, source: ModelSource) -> VisionLanguageModel:
         if self._vlm is None or self._source != source:
+            self._counts_of_former_models = self.counts
+            self._prepared.clear()
             self._vlm = self._source = None
             gc.collect()  # the old weights go before the new ones come; hooks tie them into cycles
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            self._vlm = load_source(source, self.device)
+            self._vlm = self._load(source, self.device)
             self._source = source
         return self._vlm
 
@@ -131,109 +153,47 @@ class Session:
     def _time_anchor(self, task: Task, vlm: VisionLanguageModel, dataset: Dataset) -> None:
         """The anchor of a task, where there is one and it is due; before and behind it, so that a change shows."""
         if task.anchor is not None:
-            opened = partial(self._open, task, vlm, dataset)
+            # As the anchor sees it: what the task's setting refuses must not give workers different yardsticks.
+            opened = partial(self._open, replace(task, knobs=task.anchor.knobs), vlm, dataset)
             self._anchor_rows += self._anchors.rows_if_due(task, task.anchor, vlm, opened, self._rows, self._observer)
 
     def _open(self, task: Task, vlm: VisionLanguageModel, dataset: Dataset, ref: SampleRef) -> TimedSample:
-        sample = _checked(dataset, ref)
-        image = sample.image()
-        inputs = self._preprocess(task, vlm, sample, image)  # what is refused is found here, not while timing
-        question = task.dataset.prompt_for(sample.question)
-        return TimedSample(sample, image, question, inputs.num_prompt_tokens)
+        sample = checked(dataset, ref)
+        images = tuple(sample.images())
+        inputs = preprocess(task, vlm, sample, images)  # what is refused is found here, not while timing
+        return TimedSample(sample, images, inputs.num_prompt_tokens)
 
     # -- accuracy ---------------------------------------------------------------------------------------------------
 
     def _accuracy(self, task: Task, vlm: VisionLanguageModel, dataset: Dataset) -> list[dict[str, Any]]:
-        assert task.protocol.metric is not None
-        score = scorer(task.protocol.metric)
-        rows: list[dict[str, Any]] = []
-        self._prepared.enter((task.model, task.dataset, task.knobs.vision))
-        for refs in _batches(task.samples, task.protocol.batch_size):
-            ready: list[tuple[PreparedSample, dict[str, Any]]] = []
-            for ref in refs:
-                begun = datetime.now(UTC)
-                try:
-                    prepared = self._prepare(task, vlm, dataset, ref)
-                except SampleError as error:
-                    rows.append(self._rows.failed(task, vlm, ref, error) | {"metric": score.name})
-                    continue
-                height, width = prepared.height, prepared.width
-                row = self._rows.sample(task, vlm, prepared.sample, height, width, prepared.inputs, begun)
-                ready.append((prepared, row))
-            batch = [(prepared.inputs, prepared.features) for prepared, _ in ready]
-            answers = vlm.answer(batch, task.protocol.max_new_tokens) if batch else []
-            engine_used = engine_columns(vlm.engine_used)
-            for (prepared, row), tokens in zip(ready, answers, strict=True):
-                prediction = vlm.text(tokens)
-                rows.append(
-                    row
-                    | engine_used
-                    | {
-                        "output_tokens": len(tokens),
-                        "stop_reason": "eos" if tokens and tokens[-1] in vlm.end_token_ids else "length",
-                        "question_type": prepared.sample.question_type,
-                        "prediction": prediction,
-                        "metric": score.name,
-                        "score": score.score(prediction, prepared.sample.answers),
-                    }
-                )
-        return rows
+        return accuracy_rows(task, vlm, dataset, self._rows, self._prepared)
 
     # -- importance -------------------------------------------------------------------------------------------------
 
     def _importance(self, task: Task, vlm: VisionLanguageModel, dataset: Dataset) -> list[dict[str, Any]]:
         method = Method(task.method or "")
-        rows: list[dict[str, Any]] = []
-        self._prepared.enter((task.model, task.dataset, task.knobs.vision))
-        for refs in _batches(task.samples, task.protocol.batch_size):
-            about = {
-                "task_id": task.task_id,
-                "sweep": task.sweep,
-                "method": method.value,
-                "worker": self.name,
-                "device_name": self.found.name,
-                "environment_id": self._rows.environment.get("environment_id"),
-                "started_at": datetime.now(UTC),
-            }
-            ready: list[PreparedSample] = []
-            for ref in refs:
-                try:
-                    prepared = self._prepare(task, vlm, dataset, ref)
-                    if method is Method.NLL:
-                        reference_answer(prepared)
-                except SampleError as error:
-                    failed = {"sample_id": ref.uid, "status": Status.FAILED.value, "error": str(error)}
-                    rows.append(about | failed)
-                    continue
-                ready.append(prepared)
-            protocol = task.protocol
-            made = importance_rows(vlm, ready, method, task.candidates, protocol.metric, protocol.max_new_tokens)
-            rows += [about | row | {"status": Status.DONE.value} for row in made]
+        protocol, rows = task.protocol, list[dict[str, Any]]()
+        with prepared_samples(task, vlm, dataset, self._prepared) as samples:
+            for refs in _batches(task.samples, protocol.batch_size):
+                about = {
+                    "task_id": task.task_id,
+                    "sweep": task.sweep,
+                    "method": method.value,
+                    "worker": self.name,
+                    "device_name": self.found.name,
+                    "environment_id": self._rows.environment.get("environment_id"),
+                    "started_at": datetime.now(UTC),
+                }
+                ready: list[PreparedSample] = []
+                for ref, found in zip(refs, samples, strict=False):  # as many of the samples as there are references
+                    try:
+                        ready.append(_usable(found, method))
+                    except SampleError as error:
+                        failed = {"sample_id": ref.uid, "status": Status.FAILED.value, "error": str(error)}
+                        rows.append(about | failed)
+                made = importance_rows(vlm, ready, method, task.candidates, protocol.metric, protocol.max_new_tokens)
+                rows += [about | row | {"status": Status.DONE.value} for row in made]
         return rows
-
-    @torch.inference_mode()
-    def _prepare(self, task: Task, vlm: VisionLanguageModel, dataset: Dataset, ref: SampleRef) -> PreparedSample:
-        """A sample up to its vision features, which no other knob changes: made once for all combinations."""
-        found = self._prepared.find(ref, self.device)
-        if found is not None:
-            return found
-        sample = _checked(dataset, ref)
-        image = sample.image()
-        inputs = vlm.transfer(self._preprocess(task, vlm, sample, image))
-        features = self._prepared.features_of(sample, self.device)
-        if features is None:
-            features = vlm.encode_images(inputs.vision)
-        without_pixels = {name: tensor for name, tensor in inputs.vision.items() if not name.startswith("pixel")}
-        made = PreparedSample(sample, image.height, image.width, replace(inputs, vision=without_pixels), features)
-        self._prepared.keep(made)
-        return made
-
-    def _preprocess(self, task: Task, vlm: VisionLanguageModel, sample: Sample, image: Image.Image) -> Inputs:
-        question = task.dataset.prompt_for(sample.question)
-        try:
-            return vlm.preprocess([image], question, task.knobs.vision)
-        except SampleError as error:
-            raise SampleError(f"{sample.ref.uid}: {error}") from error
 
     def _result(self, task: Task, started: float, status: Status, **outcome: Any) -> TaskResult:
         found = {"worker": self.name, "host": self.found.host, "device_name": self.found.name}
@@ -257,11 +217,12 @@ def _found_instead(found: Device) -> str:
     return f"torch sees no GPU (torch {torch.__version__}, CUDA {torch.version.cuda or 'none'})"
 
 
-def _checked(dataset: Dataset, ref: SampleRef) -> Sample:
-    sample = dataset.sample(ref.uid)
-    if sample.ref.digest != ref.digest:
-        raise RowMismatch(f"{ref.uid} has changed since the sweep was planned; run the sweep again to plan anew")
-    return sample
+def _usable(found: PreparedSample | SampleError, method: Method) -> PreparedSample:
+    if isinstance(found, SampleError):
+        raise found
+    if method is Method.NLL:
+        reference_answer(found)
+    return found
 
 
 def _batches(samples: Sequence[SampleRef], size: int) -> Iterator[Sequence[SampleRef]]:

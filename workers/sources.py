@@ -1,43 +1,72 @@
-"""Say where a data set is and what its columns are called: presets, a sweep's entry, and the source both give."""
+"""Where a data set is and what its columns are called, as values, with the checks of what a sweep or preset says."""
 
 import difflib
-import glob
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from workers.errors import DatasetError
-from workers.scorers import SCORERS, scorer
-
-PRESET_FILE = Path(__file__).resolve().parents[1] / "sweeps" / "datasets.yaml"
-DEFAULT_PROMPT = "{question}"
-# Local files carry no split of their own; this one only names them.
-DEFAULT_LOCAL_SPLIT = "test"
+from workers.prompts import fill, names_in
+from workers.scorers import scorer
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What the data set calls its columns; the optional ones may be absent.
+    """What the data set calls its columns; those that are None are absent.
 
     Attributes:
+        image: one column, of an image or a list of images, or several columns, of which a row may leave some empty.
+        question: None where all rows ask the same, which the prompt then says, as for captions.
         id: unique per row; without it the row index is used, so that reordering the file changes the samples.
         image_id: shared by the questions about one image; without it the image's content is used.
+        options: of multiple choice: one column of lists (or of lists written as text), or a column for each option.
+        records: a column of lists of records, each a question of its own about the row's image; the keys of a record
+            are then columns like the others. An id that is not among them gets the record's position behind a dot.
     """
 
-    image: str = "image"
-    question: str = "question"
+    image: str | tuple[str, ...] = "image"
+    question: str | None = "question"
     answers: str = "answers"
     id: str | None = None
     image_id: str | None = None
     question_type: str | None = None
+    options: str | tuple[str, ...] | None = None
+    records: str | None = None
 
-    def named(self) -> dict[str, str]:
-        """The columns the data set must have, by role."""
-        return {field.name: name for field in fields(self) if (name := getattr(self, field.name)) is not None}
+    @property
+    def images(self) -> tuple[str, ...]:
+        """The image columns."""
+        return (self.image,) if isinstance(self.image, str) else self.image
+
+    def named(self) -> list[tuple[str, str]]:
+        """Role and name of every column that the data set must have; a role of several columns stands there often."""
+        pairs: list[tuple[str, str]] = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            columns = () if value is None else (value,) if isinstance(value, str) else value
+            pairs += [(field.name, column) for column in columns]
+        return pairs
+
+
+# Roles that may be several columns, and those that may not be None.
+_SEVERAL_COLUMNS = ("image", "options")
+_REQUIRED_ROLES = ("image", "answers")
+
+
+@dataclass(frozen=True)
+class ImageTable:
+    """A second table that holds the images, found by the question table's column `image_id`.
+
+    Attributes:
+        path: absolute local file, folder or glob; None for another configuration of the same hub data set.
+        split: of that table; None: the same as the questions'.
+        id: its column with the values of `image_id`.
+    """
+
+    path: str | None = None
+    config: str | None = None
+    split: str | None = None
+    id: str = "id"
 
 
 @dataclass(frozen=True)
@@ -48,7 +77,8 @@ class DatasetSource:
         name: shown in results: preset name, hub id or file stem.
         path: absolute local file, folder or glob; None for the hub.
         metric: a key of `workers.scorers.SCORERS`.
-        prompt: template with `{question}`.
+        prompt: template, see `workers.prompts`.
+        images: where the images are, if not in the table of the questions.
     """
 
     name: str
@@ -60,10 +90,44 @@ class DatasetSource:
     columns: Columns
     metric: str
     prompt: str
+    images: ImageTable | None = None
 
-    def prompt_for(self, question: str) -> str:
-        """The text sent to the model, before its chat template."""
-        return self.prompt.replace("{question}", question)
+    def prompt_for(self, question: str, others: Mapping[str, str] | None = None) -> str:
+        """The text sent to the model, before its chat template.
+
+        Args:
+            others: what else the prompt names; `Sample.prompt` has them all.
+
+        Raises:
+            ValueError: the prompt names something that is not there.
+        """
+        return fill(self.prompt, {"question": question, **(others or {})})
+
+    @property
+    def prompt_columns(self) -> tuple[str, ...]:
+        """Columns that the prompt names beside the question and the options."""
+        return tuple(name for name in names_in(self.prompt) if name not in ("question", "options"))
+
+    @property
+    def needed_columns(self) -> list[tuple[str, str]]:
+        """Columns that the table of the questions must have, each with the key of a sweep that names it."""
+        roles = [(role, column) for role, column in self.columns.named() if role != "image" or self.images is None]
+        of_prompt = [("prompt", column) for column in self.prompt_columns]
+        return [(f"columns.{role}", column) for role, column in roles] + of_prompt
+
+    @property
+    def image_source(self) -> "DatasetSource | None":
+        """The table of the images as a source of its own, or None if they are with the questions."""
+        if self.images is None:
+            return None
+        return replace(
+            self,
+            path=self.images.path,
+            config=self.images.config,
+            split=self.images.split or self.split,
+            columns=Columns(image=self.columns.image, id=self.images.id),
+            images=None,
+        )
 
     @property
     def place(self) -> str:
@@ -74,185 +138,73 @@ class DatasetSource:
         return f"hub data set {self.hub_id}{config}"
 
 
-@dataclass(frozen=True)
-class Preset:
-    """A data set the project knows by name; everything a sweep's entry may leave out.
-
-    Attributes:
-        path: absolute local file, folder or glob, or None for the hub.
-        max_new_tokens: cap on the answer, in tokens.
-    """
-
-    name: str
-    path: str | None
-    hub_id: str | None
-    config: str | None
-    revision: str | None
-    split: str
-    columns: Columns
-    metric: str
-    prompt: str
-    max_new_tokens: int
-
-
-def presets(path: Path | None = None) -> dict[str, Preset]:
-    """The presets of a YAML file, by default the project's own. Raises DatasetError naming file, preset and key."""
-    file = PRESET_FILE if path is None else path
-    try:
-        document = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DatasetError(f"{file}: cannot read the data set presets ({error.strerror})") from None
-    except yaml.YAMLError as error:
-        raise DatasetError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(document, dict):
-        raise DatasetError(f"{file}: must map preset names to their settings")
-    return {str(name): _preset(file, str(name), entry) for name, entry in document.items()}
-
-
-def _preset(file: Path, name: str, entry: object) -> Preset:
-    where = f"{file}: {name}"
-    if not isinstance(entry, dict):
-        raise DatasetError(f"{where}: must be a mapping")
-    allowed = {field.name: field.type for field in fields(Preset) if field.name != "name"}
-    for key in entry:
-        if key not in allowed:
-            raise DatasetError(f"{where}.{key}: unknown key{nearest(str(key), allowed)}")
-    for key in ("split", "metric", "max_new_tokens"):
-        if key not in entry:
-            raise DatasetError(f"{where}: {key} is missing")
-    for key, value in entry.items():
-        if key == "max_new_tokens":
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise DatasetError(f"{where}.max_new_tokens: must be a whole number of at least 1, not {value!r}")
-        elif key != "columns" and not isinstance(value, str):
-            raise DatasetError(f"{where}.{key}: must be text, not {value!r}")
-    if ("path" in entry) == ("hub_id" in entry):
-        raise DatasetError(f"{where}: give either path or hub_id")
-    _check_metric(where, entry["metric"])
-    prompt = entry.get("prompt", DEFAULT_PROMPT)
-    _check_prompt(where, prompt)
-    return Preset(
-        name=name,
-        # As a pattern or a path, relative to the presets' own folder.
-        path=str(file.resolve().parent / entry["path"]) if "path" in entry else None,
-        hub_id=entry.get("hub_id"),
-        config=entry.get("config"),
-        revision=entry.get("revision"),
-        split=entry["split"],
-        columns=_columns(where, entry.get("columns"), Columns()),
-        metric=entry["metric"],
-        prompt=prompt,
-        max_new_tokens=entry["max_new_tokens"],
-    )
-
-
-def resolve_source(
-    *,
-    name: str,
-    base_folder: Path,
-    split: str | None = None,
-    path: str | None = None,
-    hub_id: str | None = None,
-    config: str | None = None,
-    revision: str | None = None,
-    columns: Mapping[str, Any] | None = None,
-    metric: str | None = None,
-    prompt: str | None = None,
-) -> DatasetSource:
-    """Complete a sweep's data set entry from the preset of that name, or from defaults if there is none.
-
-    A relative path is looked up in `base_folder` (the sweep file's), then in the current folder. Reads no data.
-    Raises DatasetError if the entry does not say where the data are, or how to score them.
-    """
-    where = f"data set {name!r}"
-    if path is not None and hub_id is not None:
-        raise DatasetError(f"{where}: give either path or hub_id, not both")
-    known = presets()
-    preset = known.get(name)
-    if path is None and hub_id is None:
-        if preset is not None:
-            path, hub_id = preset.path, preset.hub_id
-            config, revision = config or preset.config, revision or preset.revision
-        elif _matches(Path(name), base_folder) is not None:
-            path = name
-            name = Path(name).stem
-        elif name.count("/") == 1:
-            hub_id = name
-        else:
-            raise DatasetError(
-                f"{where}: neither a preset{nearest(name, known)} nor a hub id (owner/name); local files need `path`"
-            )
-    if path is not None:
-        found = _matches(Path(path), base_folder)
-        if found is None:
-            tried = dict.fromkeys(str(folder / path) for folder in (base_folder.absolute(), Path.cwd()))
-            raise DatasetError(f"{where}: no file or folder {' or '.join(tried)}")
-        path = found
-        for key, value in (("config", config), ("revision", revision)):
-            if value is not None:
-                raise DatasetError(f"{where}: {key} belongs to a hub data set, but this one is local ({path})")
-        split = split or (preset.split if preset else DEFAULT_LOCAL_SPLIT)
-    else:
-        split = split or (preset.split if preset else None)
-        if split is None:
-            raise DatasetError(f"{where}: a hub data set needs `split`, for instance split: validation")
-    metric = metric or (preset.metric if preset else None)
-    if metric is None:
-        raise DatasetError(f"{where}: `metric` is missing (allowed: {', '.join(SCORERS)})")
-    _check_metric(where, metric)
-    prompt = prompt or (preset.prompt if preset else DEFAULT_PROMPT)
-    _check_prompt(where, prompt)
-    return DatasetSource(
-        name=name,
-        split=split,
-        path=path,
-        hub_id=hub_id,
-        config=config,
-        revision=revision,
-        columns=_columns(where, columns, preset.columns if preset else Columns()),
-        metric=metric,
-        prompt=prompt,
-    )
-
-
-def _matches(path: Path, base_folder: Path) -> str | None:
-    """The absolute form of a file, folder or glob that exists, or None."""
-    for folder in (base_folder.absolute(), Path.cwd()):
-        # Links are kept: a downloaded file is often a link to one that has lost its ending.
-        candidate = os.path.abspath(folder / path.expanduser())
-        if os.path.exists(candidate):
-            return candidate
-        pattern = str(path) if path.is_absolute() else os.path.join(glob.escape(str(folder)), path)
-        if glob.has_magic(str(path)) and glob.glob(pattern, recursive=True):
-            return pattern
-    return None
-
-
-def _columns(where: str, given: object, defaults: Columns) -> Columns:
+def columns_of(where: str, given: object, defaults: Columns) -> Columns:
+    """The columns that an entry gives, on top of the preset's. Raises DatasetError naming `where` and the role."""
     if given is None:
         return defaults
     if not isinstance(given, Mapping):
         raise DatasetError(f"{where}.columns: must map roles to column names")
     roles = [field.name for field in fields(Columns)]
+    chosen: dict[str, Any] = {}
     for role, name in given.items():
         if role not in roles:
             raise DatasetError(f"{where}.columns.{role}: unknown role{nearest(str(role), roles)}")
-        required = role in ("image", "question", "answers")
-        if not (isinstance(name, str) and name) and (required or name is not None):
-            raise DatasetError(f"{where}.columns.{role}: must be a column name, not {name!r}")
-    return replace(defaults, **given)
+        if isinstance(name, (list, tuple)) and len(name) == 1 and role in _SEVERAL_COLUMNS:
+            name = name[0]
+        several = isinstance(name, (list, tuple)) and len(name) > 1 and role in _SEVERAL_COLUMNS
+        for one in name if several else [name]:
+            if not (isinstance(one, str) and one) and (several or role in _REQUIRED_ROLES or one is not None):
+                raise DatasetError(f"{where}.columns.{role}: must be a column name, not {one!r}")
+        chosen[role] = tuple(name) if several else name
+    return replace(defaults, **chosen)
 
 
-def _check_metric(where: str, metric: str) -> None:
+def image_table_of(where: str, given: object, defaults: ImageTable | None, columns: Columns) -> ImageTable | None:
+    """The table of images that an entry gives, on top of the preset's. Raises DatasetError naming `where` and key."""
+    if given is None:
+        return defaults
+    if not isinstance(given, Mapping):
+        raise DatasetError(f"{where}.images: must map path or config, split and id to names")
+    keys = [field.name for field in fields(ImageTable)]
+    for key, value in given.items():
+        if key not in keys:
+            raise DatasetError(f"{where}.images.{key}: unknown key{nearest(str(key), keys)}")
+        if not (isinstance(value, str) and value):
+            raise DatasetError(f"{where}.images.{key}: must be text, not {value!r}")
+    table = replace(defaults or ImageTable(), **given)
+    if table.path is not None:
+        if "config" in given:
+            raise DatasetError(f"{where}.images: give either path or config, not both")
+        table = replace(table, config=None)
+    if columns.image_id is None or not isinstance(columns.image, str) or columns.records is not None:
+        raise DatasetError(
+            f"{where}.images: needs columns.image_id, the column that says which image a question is about, and one "
+            f"columns.image, without columns.records"
+        )
+    return table
+
+
+def check_metric(where: str, metric: str) -> None:
+    """Raise DatasetError, naming `where`, if there is no such metric."""
     try:
         scorer(metric)
     except ValueError as error:
         raise DatasetError(f"{where}.metric: {error}") from None
 
 
-def _check_prompt(where: str, prompt: str) -> None:
-    if "{question}" not in prompt:
-        raise DatasetError(f"{where}.prompt: must contain {{question}}, else every sample asks the same")
+def check_prompt(where: str, prompt: str, columns: Columns) -> None:
+    """Raise DatasetError, naming `where`, if a prompt leaves out what a sample holds, or names what it does not."""
+    if columns.question is not None and "{question}" not in prompt:
+        raise DatasetError(
+            f"{where}.prompt: must contain {{question}}, else every sample asks the same; if that is meant, "
+            f"as for captions, set columns.question to null"
+        )
+    if columns.question is None and "question" in names_in(prompt):
+        raise DatasetError(f"{where}.prompt: contains {{question}}, but columns.question is null; name the column")
+    if columns.options is not None and "{options}" not in prompt:
+        raise DatasetError(f"{where}.prompt: must contain {{options}}, else the model does not see columns.options")
+    if columns.options is None and "options" in names_in(prompt):
+        raise DatasetError(f"{where}.prompt: names {{options}}, but there is no column for them; set columns.options")
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

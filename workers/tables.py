@@ -2,7 +2,7 @@
 
 import glob
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +36,14 @@ class _Files:
     folder: Path | None
 
 
-def open_table(source: DatasetSource, *, offline: bool = False) -> Table:
+def open_table(
+    source: DatasetSource, needed: Sequence[tuple[str, str]] | None = None, *, offline: bool = False
+) -> Table:
     """Index a data set without decoding an image.
+
+    Args:
+        needed: columns that it must have, each with the key of a sweep that names it; default: all that the source
+            names.
 
     Raises:
         NotDownloaded: `offline`, and it is on the hub and not in the local cache.
@@ -48,7 +54,7 @@ def open_table(source: DatasetSource, *, offline: bool = False) -> Table:
         table = Table(_read_files(source, files), files.folder)
     else:
         table = _open_hub(source, offline)
-    return _with_columns(source, table)
+    return _with_columns(source, table, source.needed_columns if needed is None else needed)
 
 
 # --- Which files ---
@@ -228,26 +234,52 @@ def _explained(source: DatasetSource, remedy: str) -> Iterator[None]:
 # --- The columns ---
 
 
-def _with_columns(source: DatasetSource, table: Table) -> Table:
-    import datasets
-
-    rows = table.rows
-    for role, column in source.columns.named().items():
-        if column not in rows.column_names:
-            raise DatasetError(
-                f"{source.place}: no column {column!r}{nearest(column, rows.column_names)}; set columns.{role}"
-            )
+def _with_columns(source: DatasetSource, table: Table, needed: Sequence[tuple[str, str]]) -> Table:
+    """Only the columns that are needed, images as they are stored."""
+    rows, records = table.rows, source.columns.records
+    within = _record_keys(source, rows, records) if records in rows.column_names else set()
+    for key, column in needed:
+        known = [*rows.column_names, *sorted((within or set()) - set(rows.column_names))]
+        # What records of no fixed form hold is seen when one is read.
+        if column not in known and (within is not None or column == records):
+            raise DatasetError(f"{source.place}: no column {column!r}{nearest(column, known)}; set {key}")
     if len(rows) == 0:
         raise DatasetError(f"{source.place}: split {source.split!r} has no rows; give one that has")
-    rows = rows.select_columns(list(dict.fromkeys(source.columns.named().values())))
-    image = source.columns.image
-    feature = rows.features[image]
+    names = dict.fromkeys(column for _, column in needed if column in rows.column_names)
+    rows = rows.select_columns(list(names))
+    for column in names:
+        # A table of questions whose images are elsewhere has no such column.
+        if column in source.columns.images:
+            rows = _undecoded(source, rows, column, table.folder)
+    return Table(rows, table.folder)
+
+
+def _record_keys(source: DatasetSource, rows: Any, column: str | None) -> set[str] | None:
+    """What the records of a column hold; None if that differs from row to row."""
+    import datasets
+
+    feature = rows.features[column]
+    if isinstance(feature, (datasets.List, datasets.LargeList)):
+        feature = feature.feature
+    elif isinstance(feature, list):
+        feature = feature[0]
+    elif isinstance(feature, datasets.Value):
+        raise DatasetError(f"{source.place}: column {column!r} holds no lists of records; set columns.records")
+    return set(feature) if isinstance(feature, dict) else None
+
+
+def _undecoded(source: DatasetSource, rows: Any, column: str, folder: Path | None) -> Any:
+    import datasets
+
+    feature = rows.features[column]
     if isinstance(feature, datasets.Image):
-        rows = rows.cast_column(image, datasets.Image(decode=False))
-    elif isinstance(feature, (list, datasets.List, datasets.LargeList)):
-        raise DatasetError(f"{source.place}: column {image!r} holds lists; a sample has one image, set columns.image")
-    elif isinstance(rows[0][image], str) and table.folder is None and not Path(rows[0][image]).is_absolute():
+        return rows.cast_column(column, datasets.Image(decode=False))
+    if isinstance(feature, (datasets.List, datasets.LargeList)) and isinstance(feature.feature, datasets.Image):
+        return rows.cast_column(column, type(feature)(datasets.Image(decode=False)))
+    first = rows.select_columns([column])[0][column]
+    first = first[0] if isinstance(first, list) and first else first
+    if isinstance(first, str) and folder is None and not Path(first).is_absolute():
         raise DatasetError(
             f"{source.place}: relative image paths in files of several folders are ambiguous; make them absolute"
         )
-    return Table(rows, table.folder)
+    return rows

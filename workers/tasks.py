@@ -118,6 +118,19 @@ class Protocol:
 
 
 @dataclass(frozen=True)
+class Anchor:
+    """What a worker times again and again between its tasks.
+
+    Attributes:
+        anchor_id: the same for the same model, back-ends, knobs and length of the answer, on the same samples.
+        knobs: under which it is timed.
+    """
+
+    anchor_id: str
+    knobs: Knobs
+
+
+@dataclass(frozen=True)
 class Task:
     """The unit of scheduling: one combination, one data set, one way to run it, a batch of samples.
 
@@ -141,7 +154,7 @@ class Task:
     samples: tuple[SampleRef, ...]
     protocol: Protocol
     visit: int = 0
-    anchor: Knobs | None = None
+    anchor: Anchor | None = None
     method: str | None = None
     candidates: tuple[tuple[int, ...], ...] = ()
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import pandas as pd
 
-from orchestrator.analysis.statistics import clustered_standard_error, half_width_95, percentile
+from orchestrator.analysis.corpus import corpus_score, is_of_corpus
+from orchestrator.analysis.statistics import accuracy_interval, clustered_standard_error, half_width_95, percentile
 from workers.schema import SUMMARISED
+from workers.stopping import WATCHED, relative_half_width
 
 
 def aggregate(latency: pd.DataFrame, accuracy: pd.DataFrame, lost: Collection[str] = ()) -> dict[str, Any]:
@@ -47,7 +49,7 @@ def _latency_columns(rows: pd.DataFrame) -> dict[str, Any]:
         counted = valid.drop_duplicates("sample_id")["flops"].dropna()
         columns["flops"] = float(counted.astype(float).mean()) if len(counted) else None
         columns["stopped_by"] = _only(valid["stopped_by"])
-        columns["relative_error"] = _or_none(valid["relative_error"].astype(float).max(), float)
+        columns["relative_error"] = _relative_error(answers)
         columns["residual_fraction"] = float((answers["residual_ms"] / answers["total_ms"]).mean())
         columns["visit_spread"] = _visit_spread(answers)
         columns["energy_j"] = _or_none(valid["energy_j"].astype(float).mean(), float)
@@ -61,6 +63,20 @@ def _answers(rows: pd.DataFrame) -> pd.DataFrame:
     # Results of earlier releases know of no batches; their samples were timed one by one.
     numbers = rows["batch"].astype(object).where(rows["batch"].notna(), rows["sample_id"])
     return rows.assign(batch=numbers).drop_duplicates(["task_id", "batch", "repeat"])
+
+
+def _relative_error(answers: pd.DataFrame) -> float | None:
+    """Half-width of the 95 % interval of the median over the median, the largest of the watched times, of all visits.
+
+    A round counts if none of its batches is missing; a shift between visits makes neighbours alike, and so widens it.
+    """
+    batches = answers["batch"].nunique()
+    widths = []
+    for name in WATCHED:
+        rounds = answers.pivot_table(index="repeat", columns="batch", values=name, aggfunc="first").dropna()
+        if len(rounds) >= 2 and len(rounds.columns) == batches:
+            widths.append(relative_half_width(rounds.to_numpy(dtype=float)))
+    return max(widths, default=None)
 
 
 def _visit_spread(answers: pd.DataFrame) -> float | None:
@@ -96,10 +112,20 @@ def _accuracy_columns(rows: pd.DataFrame) -> dict[str, Any]:
     scored = rows[(rows["status"] == "done") & rows["valid"].eq(True)]
     if scored.empty:
         return {}
+    metric = _only(scored["metric"])
+    accuracy, error, low, high = _or_none(scored["score"].mean(), float), None, None, None
+    if is_of_corpus(metric):
+        found = corpus_score(scored)
+        accuracy, error = (None, None) if found is None else (found.value, found.standard_error)
+    elif accuracy is not None:
+        error = clustered_standard_error(scored["score"], scored["image_id"])
+        low, high = accuracy_interval(scored["score"], scored["image_id"]) or (None, None)
     return {
-        "accuracy": float(scored["score"].mean()),
-        "accuracy_se": clustered_standard_error(scored["score"], scored["image_id"]),
-        "metric": _only(scored["metric"]),
+        "accuracy": accuracy,
+        "accuracy_se": error,
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "metric": metric,
         "num_samples": len(scored),
         "output_tokens_mean": float(scored["output_tokens"].mean()),
     }

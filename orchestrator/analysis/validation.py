@@ -173,9 +173,11 @@ def _ends(smaller: pd.DataFrame, larger: pd.DataFrame) -> dict[str, object]:
 
 
 def _step(smaller: pd.DataFrame, larger: pd.DataFrame) -> dict[str, float | int | bool | None] | None:
-    both = smaller[["sample_id", "image_id", "score"]].merge(
-        larger[["sample_id", "score"]], on="sample_id", suffixes=("_from", "_to")
-    )
+    both = (
+        smaller[["sample_id", "image_id", "score"]]
+        .merge(larger[["sample_id", "score"]], on="sample_id", suffixes=("_from", "_to"))
+        .dropna(subset=["score_from", "score_to"])
+    )  # a metric of the whole corpus scores no single answer
     if both.empty:
         return None
     gains = both["score_to"].astype(float) - both["score_from"].astype(float)

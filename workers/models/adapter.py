@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +32,38 @@ Features = dict[str, Any]
 # Tokens of an answer that prefill makes room for, if it is not told how many there will be.
 ROOM_FOR_AN_ANSWER = 128
 
+# Rows that have ended leave their batch when they are at least this share of it. Leaving copies the keys and values of
+# those that stay once, which the eager engine does at every step anyway.
+SHARE_THAT_LEAVES = 0.25
+
+
+@dataclass
+class Counts:
+    """What a model has been asked for so far; whoever wants to know what something took compares before and after.
+
+    Attributes:
+        preprocessings: prompts made of images and a question.
+        vision_passes: runs of the vision tower.
+        prefills, decode_steps: runs of the language model over prompts, and over the last tokens of a batch.
+        prompts, decoded_rows: rows in those, ended ones that were still in their batch too.
+    """
+
+    preprocessings: int = 0
+    vision_passes: int = 0
+    prefills: int = 0
+    prompts: int = 0
+    decode_steps: int = 0
+    decoded_rows: int = 0
+    # Preprocessing is the one thing that several threads do.
+    _lock: Any = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
+
+    def preprocessed(self) -> None:
+        with self._lock:
+            self.preprocessings += 1
+
+    def as_dict(self) -> dict[str, int]:
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
 
 class VisionLanguageModel:
     """A loaded transformers model with its stages taken apart and its knobs within reach.
@@ -41,6 +75,7 @@ class VisionLanguageModel:
         device: where it runs.
         engine: how answers are decoded; plain PyTorch unless `workers.models.loading` has put another in its place.
         engine_used: by which the last `answer` was decoded.
+        counts: how often its stages have run.
     """
 
     def __init__(self, model: Any, processor: Processor | None, card: ModelCard, device: torch.device) -> None:
@@ -52,6 +87,7 @@ class VisionLanguageModel:
         self.decoder = stack_of_blocks(model)
         self.engine: Engine = EagerEngine(model)
         self.engine_used: EngineUse | None = None
+        self.counts = Counts()
         self._on_tower_end: Callable[[], None] | None = None
         self._mark_tower_end()
 
@@ -89,6 +125,7 @@ class VisionLanguageModel:
             raise KnobError(f"{setting}: {reason}")
         if not images:
             raise SampleError("there is no image; a question needs at least one")
+        self.counts.preprocessed()
         try:
             return self.processor(images, question, setting)
         except ValueError as error:
@@ -135,6 +172,7 @@ class VisionLanguageModel:
             vision: the vision part of `Inputs`, on the device.
             on_tower_end: called when the tower's last hidden state is there and the projector has not begun.
         """
+        self.counts.vision_passes += 1
         self._on_tower_end = on_tower_end
         try:
             features = self.model.base_model.get_image_features(**vision, return_dict=True)
@@ -158,6 +196,8 @@ class VisionLanguageModel:
         """
         grids = _without_pixels(vision)
         rows, tokens = prompt["input_ids"].shape
+        self.counts.prefills += 1
+        self.counts.prompts += rows
         state = self.engine.new_state(rows, tokens + max_new_tokens)
         positions = self.model._prepare_position_ids_for_generation(
             prompt["input_ids"], {**prompt, **grids, "past_key_values": state.cache}
@@ -180,6 +220,8 @@ class VisionLanguageModel:
 
     def decode_step(self, token: torch.Tensor, state: DecodeState) -> torch.Tensor:
         """The greedy token after `token`, both of shape (batch, 1); `state` moves on by one position."""
+        self.counts.decode_steps += 1
+        self.counts.decoded_rows += token.shape[0]
         return state.step(token)
 
     # -- answers ----------------------------------------------------------------------------------------------------
@@ -187,6 +229,8 @@ class VisionLanguageModel:
     @torch.inference_mode()
     def answer(self, batch: Sequence[tuple[Inputs, Features]], max_new_tokens: int) -> list[list[int]]:
         """Greedy tokens of every sample up to and including end-of-sequence, at most `max_new_tokens`.
+
+        Answers that have ended leave the batch where the engine can do without them, so that the rest is decoded alone.
 
         Args:
             batch: inputs on the device and the features of their images; features may be shared between calls.
@@ -196,16 +240,22 @@ class VisionLanguageModel:
         vision = join_images([_without_pixels(inputs.vision) for inputs, _ in batch])
         features = merge_features([features for _, features in batch])
         token, state = self.prefill(prompt, vision, features, max_new_tokens)
-        ends = torch.tensor(sorted(self.end_token_ids), device=self.device)
-        tokens = [token]
-        finished = torch.isin(token, ends)
-        while len(tokens) < max_new_tokens and not bool(finished.all()):
+        ends = self.end_token_ids
+        answers: list[list[int]] = [[] for _ in batch]
+        rows = list(range(len(batch)))  # of the batch, those that are still decoded
+        while True:
+            for row, chosen in zip(rows, token[:, 0].tolist(), strict=True):
+                if not answers[row] or answers[row][-1] not in ends:
+                    answers[row].append(chosen)
+            going_on = [at for at, row in enumerate(rows) if answers[row][-1] not in ends]
+            if not going_on or len(answers[rows[going_on[0]]]) >= max_new_tokens:
+                break
+            leaving = len(rows) - len(going_on)
+            if leaving and leaving >= SHARE_THAT_LEAVES * len(rows) and state.keep(going_on):
+                rows, token = [rows[at] for at in going_on], token[going_on]
             token = self.decode_step(token, state)
-            tokens.append(token)
-            finished |= torch.isin(token, ends)
         self.engine_used = state.use
-        rows: list[list[int]] = torch.cat(tokens, dim=-1).tolist()
-        return [_until_end(row, self.end_token_ids) for row in rows]
+        return answers
 
     def text(self, tokens: Sequence[int]) -> str:
         """Tokens as text without special tokens, stripped."""
@@ -303,7 +353,3 @@ def _as_output(features: Features) -> Any:
     from types import SimpleNamespace
 
     return SimpleNamespace(**features)
-
-
-def _until_end(row: list[int], ends: frozenset[int]) -> list[int]:
-    return next((row[: i + 1] for i, token in enumerate(row) if token in ends), row)

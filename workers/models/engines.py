@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 ENGINES = ("eager", "graph")
+
+# What a block keeps of an answer, where rows can be taken out. Others also know the method, by inheritance, and leave
+# out part of their state (convolutions of linear attention).
+_ROWS_CAN_LEAVE = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,14 @@ class DecodeState(ABC):
     @abstractmethod
     def step(self, token: torch.Tensor) -> torch.Tensor:
         """The greedy token after `token`, both of shape (rows, 1)."""
+
+    def keep(self, rows: Sequence[int]) -> bool:
+        """Go on with these rows alone, in this order, if that can be done; otherwise nothing changes.
+
+        Returns:
+            Whether the others have left, so that the next `token` has as many rows as there are in `rows`.
+        """
+        return False
 
 
 class Engine(ABC):
@@ -114,6 +126,15 @@ class EagerState(DecodeState):
         )
         chosen: torch.Tensor = output.logits[:, -1].argmax(-1, keepdim=True)
         return chosen
+
+    def keep(self, rows: Sequence[int]) -> bool:
+        if any(type(layer) not in _ROWS_CAN_LEAVE for layer in self.cache.layers):
+            return False
+        kept = torch.tensor(list(rows), device=self._attention_mask.device)
+        self.cache.batch_select_indices(kept)
+        self._attention_mask = self._attention_mask[kept]
+        self._position_ids = self._position_ids.index_select(-2, kept)
+        return True
 
 
 @contextmanager

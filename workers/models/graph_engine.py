@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -196,6 +196,11 @@ class GraphState(DecodeState):
         self._tokens += 1
         # The buffer is overwritten by the next step.
         return self._static.token.clone()
+
+    def keep(self, rows: Sequence[int]) -> bool:
+        # A graph has the number of its rows fixed; one for fewer rows would be another capture, and a copy of the
+        # buffers that all shapes share.
+        return self._eager is not None and self._eager.keep(rows)
 
     def _captured(self, token: torch.Tensor) -> bool:
         def restore() -> None:
