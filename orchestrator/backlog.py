@@ -7,15 +7,20 @@ from collections.abc import Iterable
 
 from knobs.vision import VisionSetting
 from orchestrator.dominance import needs_as_much
+from workers.datasets import SampleRef
 from workers.tasks import Kind, ModelSource, Task
 
-# Tasks of one group share a loaded model and what their images become. Timings share nothing but the model: theirs is
-# one group, which keeps them in the random order of the plan.
-Group = tuple[ModelSource, VisionSetting | None]
+# Tasks of one group share a loaded model and what the same images become: a part of a data set, named by its first
+# sample. Timings share nothing but the model: theirs is one group, which keeps them in the random order of the plan.
+Group = tuple[ModelSource, VisionSetting | None, SampleRef | None]
 
 
 class Backlog:
-    """Tasks that wait, grouped so that a worker changes its model last and its vision setting next to last."""
+    """Tasks that wait, grouped so that a worker changes its model last, and encodes each image once per vision setting.
+
+    Each worker takes a part of the samples through all combinations of a vision setting: of several workers, none
+    encodes what another has.
+    """
 
     def __init__(self, tasks: Iterable[Task]) -> None:
         # One line per kind of device, and one (None) for tasks that any device may run.
@@ -37,8 +42,9 @@ class Backlog:
     def next_for(self, accelerator: str, last: Task | None) -> Task | None:
         """The task for a free worker on this kind of device, given what it ran last; None if there is none for it.
 
-        The same model first, and in it the same group: the worker keeps what it has loaded until nothing is left for
-        it. Then tasks that only this kind of device can run, before those that any can; then the longest group.
+        The same model first, and in it the same group, then the same vision setting: the worker keeps what it has
+        loaded, and what it has encoded, until nothing is left for it. Then tasks that only this kind of device can run,
+        before those that any can; then the longest group, which no other worker has begun.
         """
         own, loaded = self._lines[accelerator], None if last is None else _group(last)
         # Nearly always; looking through all groups would take longer than a short task where there are many.
@@ -47,10 +53,11 @@ class Backlog:
         if not candidates:
             return None
 
-        def preference(candidate: tuple[OrderedDict[Group, deque[Task]], Group]) -> tuple[bool, bool, bool, int]:
+        def preference(candidate: tuple[OrderedDict[Group, deque[Task]], Group]) -> tuple[bool, bool, bool, bool, int]:
             line, group = candidate
             same_model = loaded is not None and group[0] == loaded[0]
-            return same_model, group == loaded, line is own, len(line[group])
+            same_vision = loaded is not None and group[:2] == loaded[:2]
+            return same_model, group == loaded, same_vision, line is own, len(line[group])
 
         line, group = max(candidates, key=preference)
         task = line[group].popleft()
@@ -89,4 +96,6 @@ class Backlog:
 
 
 def _group(task: Task) -> Group:
-    return task.model, None if task.kind is Kind.LATENCY else task.knobs.vision
+    if task.kind is Kind.LATENCY:
+        return task.model, None, None
+    return task.model, task.knobs.vision, task.samples[0] if task.samples else None

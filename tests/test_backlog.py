@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from knobs.vision import VisionSetting
 from orchestrator.backlog import Backlog
+from workers.datasets import SampleRef
 from workers.tasks import Kind, ModelSource, Task
 
 MODELS = [replace(MODEL, name=name) for name in ("a", "b", "c")]
@@ -21,15 +22,19 @@ VISIONS = [VisionSetting(), VisionSetting("longest_edge", 64), VisionSetting("lo
 KINDS = ("H100", "A100")
 
 
-def make(number: int, accelerator: str | None, model: ModelSource, vision: VisionSetting) -> Task:
-    """A task of its own: the samples differ."""
+def make(number: int, accelerator: str | None, model: ModelSource, vision: VisionSetting, part: int = 0) -> Task:
+    """A task of its own, on a part of a data set that begins with the same sample as that of others."""
     kind = Kind.ACCURACY if accelerator is None else Kind.LATENCY
     knobs = replace(KNOBS, vision=vision)
-    return task(kind, accelerator=accelerator, model=model, knobs=knobs, samples=samples(1, name=f"set {number}"))
+    refs = samples(1, name=f"part {part}") + samples(1, name=f"set {number}")
+    return task(kind, accelerator=accelerator, model=model, knobs=knobs, samples=refs)
 
 
 TASKS = st.lists(
-    st.tuples(st.sampled_from([*KINDS, None]), st.sampled_from(MODELS), st.sampled_from(VISIONS)), max_size=25
+    st.tuples(
+        st.sampled_from([*KINDS, None]), st.sampled_from(MODELS), st.sampled_from(VISIONS), st.sampled_from(range(3))
+    ),
+    max_size=25,
 ).map(lambda rows: [make(number, *row) for number, row in enumerate(rows)])
 
 
@@ -44,9 +49,9 @@ def run_alone(backlog: Backlog, accelerator: str) -> list[Task]:
     return done
 
 
-def shared(one: Task) -> tuple[ModelSource, VisionSetting | None]:
+def shared(one: Task) -> tuple[ModelSource, VisionSetting | None, SampleRef | None]:
     """What a task can share with the one before it; timings use nothing that was kept, and keep their random order."""
-    return one.model, None if one.kind is Kind.LATENCY else one.knobs.vision
+    return (one.model, None, None) if one.kind is Kind.LATENCY else (one.model, one.knobs.vision, one.samples[0])
 
 
 def ids(tasks: Sequence[Task]) -> list[str]:
@@ -71,11 +76,15 @@ def test_every_task_is_handed_out_once_and_only_where_it_can_run(tasks: list[Tas
 
 
 @given(TASKS)
-def test_a_worker_loads_every_model_once_and_takes_each_vision_setting_of_it_in_one_go(tasks: list[Task]) -> None:
+def test_a_worker_loads_every_model_once_and_takes_each_part_under_a_vision_setting_in_one_go(
+    tasks: list[Task],
+) -> None:
     done = run_alone(Backlog(tasks), "H100")
     runs = [group for group, _ in groupby(shared(one) for one in done)]
     assert len(runs) == len(set(runs))
-    models = [model for model, _ in groupby(model for model, _ in runs)]
+    settings = [setting for setting, _ in groupby((model, vision) for model, vision, _ in runs)]
+    assert len(settings) == len(set(settings)), "and all parts under one setting before the next"
+    models = [model for model, _ in groupby(model for model, _ in settings)]
     assert len(models) == len(set(models))
     assert Counter(ids(done)) == Counter(ids([one for one in tasks if one.accelerator != "A100"]))
 
@@ -111,6 +120,25 @@ def test_a_worker_stays_with_its_model_even_if_others_have_more_to_do() -> None:
     assert following == rest[0]
 
 
+def test_several_workers_take_a_part_of_the_samples_each_and_none_encodes_what_another_has() -> None:
+    tasks = [
+        make(100 * setting + 10 * part + depth, None, MODELS[0], vision, part)
+        for setting, vision in enumerate(VISIONS)
+        for depth in range(4)
+        for part in range(3)
+    ]
+    backlog = Backlog(tasks)
+    last: list[Task | None] = [None] * 3
+    encoded: list[set[object]] = [set(), set(), set()]
+    while len(backlog):
+        for worker in range(3):
+            last[worker] = backlog.next_for("H100", last[worker]) or last[worker]
+            one = last[worker]
+            assert one is not None
+            encoded[worker].add((one.knobs.vision, one.samples[0]))
+    assert sum(map(len, encoded)) == len(VISIONS) * 3, "each part under each setting by one worker"
+
+
 @given(TASKS.filter(len))
 def test_an_innocent_task_is_the_next_of_its_group_and_a_suspect_the_last(tasks: list[Task]) -> None:
     for front in (True, False):
@@ -120,12 +148,7 @@ def test_an_innocent_task_is_the_next_of_its_group_and_a_suspect_the_last(tasks:
         assert returned is not None
         backlog.put_back(returned, front=front)
         order = run_alone(backlog, kind)
-        same_line = [
-            one
-            for one in order
-            if (one.accelerator, one.model, one.knobs.vision)
-            == (returned.accelerator, returned.model, returned.knobs.vision)
-        ]
+        same_line = [one for one in order if (one.accelerator, shared(one)) == (returned.accelerator, shared(returned))]
         assert same_line[0 if front else -1] == returned
         assert Counter(ids(order)) == Counter(ids([one for one in tasks if one.accelerator in (kind, None)]))
 
