@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from queue import Empty, Queue
 from threading import Thread
@@ -112,18 +112,20 @@ class Recorder:
         for combination in self._commit([outcome]):
             self._aggregate(combination)
 
-    def committed(self, outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
-        """Commit outcomes as they arrive, and hand each on when it is durable.
+    def commit_all(self, outcomes: Iterable[Outcome], ended: Callable[[Outcome], None] = lambda outcome: None) -> None:
+        """Commit outcomes as they arrive.
 
         They are written beside the caller, who goes on giving tasks to workers meanwhile: what arrives while the disk
         is busy is flushed together. Rows of combinations can be made again from their parts, so they wait until no
-        outcome does; all are there at the end. Nothing else may use the recorder or its store until then.
+        outcome does; all are there when this returns. Nothing else may use the recorder or its store until then.
+
+        Args:
+            ended: called with each outcome when it is durable; not from the thread of the caller.
 
         Raises:
-            StoreError: the folder cannot be written.
+            StoreError: the folder cannot be written; raised when the next outcome arrives.
         """
         waiting: Queue[Outcome | None] = Queue(MOST_WAITING)
-        durable: deque[Outcome] = deque()
         errors: list[Exception] = []
         due: OrderedDict[tuple[str, str], Combination] = OrderedDict()
 
@@ -135,7 +137,8 @@ class Recorder:
                     if batch:
                         complete = self._commit(batch)
                         due.update({(one.combination_id, one.accelerator): one for one in complete})
-                        durable.extend(batch)
+                        for outcome in batch:
+                            ended(outcome)
                     else:
                         self._aggregate(due.popitem(last=False)[1])
                 except Exception as error:
@@ -147,15 +150,12 @@ class Recorder:
         try:
             for outcome in outcomes:
                 waiting.put(outcome)
-                while durable:
-                    yield durable.popleft()
                 if errors:
                     break
         finally:
             # Also when the caller is interrupted: what workers have answered is not lost.
             waiting.put(None)
             writer.join()
-        yield from durable
         if errors:
             raise errors[0]
         for combination in due.values():

@@ -148,9 +148,7 @@ def _measure(sweep: Sweep, plan: Plan, store: ResultStore, scheduler: Scheduler,
     print_plan(plan, plan.accelerators, recorder.done, recorder.failed)
     print_warnings(store.warnings)
     with ProgressReport(len(plan.tasks), len(recorder.done), len(recorder.failed)) as progress:
-        for outcome in scheduler.run(recorder.todo(), progress.heartbeat):
-            recorder.commit(outcome)
-            progress.ended(outcome)
+        recorder.commit_all(scheduler.run(recorder.todo(), progress.heartbeat), progress.ended)
     return recorder
 
 

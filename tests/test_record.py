@@ -262,14 +262,12 @@ def in_place(run: Run, task: Task) -> bool:
     return any(list((run.root / table).rglob(f"{task.task_id}.parquet")) for table in Kind)
 
 
-def test_what_is_committed_as_it_arrives_is_handed_on_when_it_is_in_place(start: Any) -> None:
+def test_what_is_committed_as_it_arrives_counts_as_ended_when_it_is_in_place(start: Any) -> None:
     run: Run = start()
     tasks = run.recorder.todo()
-    handed_on = []
-    for done in run.recorder.committed(map(outcome, tasks)):
-        assert in_place(run, done.task)
-        handed_on.append(done.task)
-    assert handed_on == tasks
+    ended: list[tuple[Task, bool]] = []
+    run.recorder.commit_all(map(outcome, tasks), lambda done: ended.append((done.task, in_place(run, done.task))))
+    assert ended == [(task, True) for task in tasks]
     assert run.recorder.todo() == []
     assert sorted(run.combinations()["num_active_blocks"]) == [3, 6]
     assert set(stored(run.root, "tasks")["status"]) == {"done"}
@@ -292,7 +290,8 @@ def test_rows_of_combinations_wait_for_outcomes_but_not_for_the_end(start: Any) 
         assert run.combinations()["num_active_blocks"].tolist() == [6]
         yield from map(outcome, tasks[2:])
 
-    assert len(list(run.recorder.committed(arriving()))) == 4
+    run.recorder.commit_all(arriving())
+    assert run.recorder.todo() == []
     assert len(run.combinations()) == 2
 
 
@@ -311,14 +310,14 @@ def test_a_folder_that_cannot_be_written_ends_the_run_however_much_arrives(
     monkeypatch.setattr(run.store, "commit_all", full)
     monkeypatch.setattr("orchestrator.record.MOST_AT_ONCE", 1)
     arriving = [outcome(first), *(outcome(others[0]) for _ in range(3 * MOST_WAITING))]
-    committed = run.recorder.committed(arriving)
-    assert next(committed).task == first
+    ended: list[Outcome] = []
     with pytest.raises(StoreError, match="no space"):
-        list(committed)
+        run.recorder.commit_all(arriving, ended.append)
+    assert [one.task for one in ended] == [first]
     assert run.recorder.done == {first.task_id}
 
 
-def test_who_stops_listening_loses_nothing_that_had_arrived(start: Any) -> None:
+def test_who_is_interrupted_loses_nothing_that_had_arrived(start: Any) -> None:
     run: Run = start()
     tasks = run.recorder.todo()
 
@@ -327,7 +326,7 @@ def test_who_stops_listening_loses_nothing_that_had_arrived(start: Any) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(run.recorder.committed(interrupted()))
+        run.recorder.commit_all(interrupted())
     assert run.recorder.done == {task.task_id for task in tasks[:3]}
     after: Run = start()
     assert after.recorder.todo() == tasks[3:]
