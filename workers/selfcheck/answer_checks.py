@@ -16,8 +16,8 @@ from workers.selfcheck.figures import ERROR_LIMIT, Figures
 OVERHEAD_LIMIT = 0.005
 # One answer in twenty may be disturbed: a sweep marks it invalid and leaves it out.
 DISTURBED_SHARE = 0.05
-# Answers that a sweep times per combination if nothing else is said: 64 samples, 5 times each.
-ANSWERS_OF_A_SWEEP = 320
+# Answers that a sweep times per combination at most if nothing else is said: 64 samples, 10 times each.
+ANSWERS_OF_A_SWEEP = 640
 # Calls that a sweep discards before it times (`latency: {warmup: 1}`).
 WARM_UP = 1
 # Two of them per answer of 100 ms make a sweep a fifth longer.
