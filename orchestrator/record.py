@@ -141,7 +141,7 @@ class Recorder:
                             ended(outcome)
                     else:
                         self._aggregate(due.popitem(last=False)[1])
-                except Exception as error:
+                except Exception as error:  # raised again where the outcomes come from; a thread has nobody to tell
                     errors.append(error)
                     due.clear()
 

@@ -5,7 +5,7 @@ results/<sweep>/
     run.json                                               the last run: its tasks, and where it is driven from
     latency|accuracy|importance/model=/accelerator=/dataset=/<task_id>.parquet
     combinations/model=/accelerator=/dataset=/<combination_id>.parquet
-    anchors/model=/accelerator=/dataset=/<task_id>.parquet timings of the anchor before and after a task
+    anchors/model=/accelerator=/dataset=/...parquet        timings of the anchor before and after an attempt of a task
     workers/model=/accelerator=/dataset=/...parquet        what the anchors say of each worker
     environments/...parquet                                what workers ran in
     tasks/model=/accelerator=/dataset=/<task_id>.parquet   how each task ended
@@ -52,6 +52,8 @@ STAMPS = ".stamps.jsonl"
 
 # A file that was changed this recently may change once more without a new time: clocks of file systems are that coarse.
 SETTLED_SECONDS = 2.0
+# A run keeps the lock, a reader that asks whether there is one has it for some microseconds.
+LOCK_SECONDS = 0.5
 # Lines that are added to the file of stamps together.
 STAMPS_AT_ONCE = 256
 # Up to so many rows the columns of a part are written plainly.
@@ -155,11 +157,9 @@ class ResultStore:
             lock = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise StoreError(f"{root}: cannot be written ({error.strerror}); choose another with --results") from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not _taken(lock):
             os.close(lock)
-            raise StoreError(f"{root}: another run is writing here; wait for it or choose another folder") from None
+            raise StoreError(f"{root}: another run is writing here; wait for it or choose another folder")
         store = cls(root, lock)
         try:
             store._sweep_leftovers()
@@ -499,6 +499,19 @@ def read_run(root: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _taken(lock: int) -> bool:
+    """Whether the lock of a result folder could be taken; whoever only asks for it (`is_written_to`) is waited for."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            if time.monotonic() >= deadline:
+                return False
+        time.sleep(LOCK_SECONDS / 10)
 
 
 def is_written_to(root: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -204,6 +205,27 @@ def test_a_constant_step_gives_a_flat_time_per_token() -> None:
         tpot = timed(Planted(decode_ms=10), output_tokens=count).tpot_ms
         assert tpot is not None
         assert tpot >= 10
+
+
+def test_counted_work_is_recovered_exactly_in_every_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that only the model moves, so that nothing but the place of the marks decides."""
+    now_ms = [0.0]
+    monkeypatch.setattr("workers.measure.time", SimpleNamespace(perf_counter=lambda: now_ms[0] / 1e3))
+
+    class Counted(Planted):
+        def _spend(self, stage: str) -> None:
+            now_ms[0] += self.planted_ms[stage]
+
+    planted = {name: 3.0 + 7.0 * number for number, name in enumerate(STAGES)}
+    for count in (1, 2, 3, 9):
+        timing = timed(Counted(**planted), output_tokens=count)
+        for name in STAGES[:-1]:
+            assert getattr(timing, name) == pytest.approx(planted[name]), name
+        assert timing.decode_step_ms == pytest.approx([planted["decode_ms"]] * (count - 1))
+        assert timing.tpot_ms == (None if count == 1 else pytest.approx(planted["decode_ms"])), "flat, however long"
+        assert timing.ttft_ms == pytest.approx(sum(planted[name] for name in STAGES[:-1]))
+        assert timing.total_ms == pytest.approx(timing.ttft_ms + (count - 1) * planted["decode_ms"])
+        assert timing.residual_ms == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("collecting", [True, False])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from threading import Timer
 
 import pytest
 from handmade import planned_dataset, rows_of
@@ -80,3 +82,13 @@ def test_a_folder_of_an_earlier_release_has_no_note_of_its_run(store: ResultStor
 def test_where_there_are_no_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == WRONG
     assert capsys.readouterr().err == f"{tmp_path}: holds no results of this tool (no sweep.json in it or below)\n"
+
+
+def test_asking_for_a_moment_keeps_no_run_from_starting(store: ResultStore) -> None:
+    store.close()
+    asking = os.open(store.root / ".lock", os.O_RDONLY)
+    fcntl.flock(asking, fcntl.LOCK_SH)
+    timer = Timer(0.1, os.close, [asking])
+    timer.start()
+    ResultStore.open(store.root, "example").close()
+    timer.join()
